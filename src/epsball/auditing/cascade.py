@@ -1,0 +1,150 @@
+"""Runs the plan for one model: threat by threat, radius by radius, attack by attack, always on the samples still standing."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from epsball.attacks import pgd
+from epsball.auditing.plan import Stage, plan
+from epsball.auditing.referee import Referee
+from epsball.auditing.results import AttackRow, Flag
+from epsball.auditing.sheet import Round, Sheet
+from epsball.auditing.statistics import mcnemar
+from epsball.core import AttackLike, LabelsChanged, Outcome
+from epsball.objectives import cross_entropy, margin
+from epsball.threats import named
+
+LOSS_SAMPLE = 128
+LOSS_GAP = 0.15
+
+
+@dataclass(frozen=True)
+class Tick:
+    """One beat of progress: what runs now, on how many samples, and the share (0..1) of the planned work behind us."""
+
+    model: str
+    threat: str
+    radius: str
+    attack: str
+    standing: int
+    share: float
+
+
+Progress = Callable[[Tick], None]
+
+
+def stages_of(sheet: Sheet, threat: str, effort: str) -> tuple[Stage, ...]:
+    """The plan for this model under one threat."""
+    gradients = not any(f.id == "no-gradient" for f in sheet.findings)
+    single = not isinstance(sheet.subject.goal, LabelsChanged)
+    return plan(threat, effort, classes=sheet.clean.shape[1], single_label=single, gradients=gradients)
+
+
+def planned_rows(sheet: Sheet, effort: str) -> int:
+    """Most gradient rows that the whole plan can cost this model: every correct sample in every stage."""
+    per_sample = sum(stage.rows for r in sheet.rounds for stage in stages_of(sheet, r.threat, effort))
+    return int(sheet.correct.sum()) * max(per_sample, 1)
+
+
+def cascade(sheet: Sheet, referee: Referee, effort: str, seed: int, progress: Progress) -> None:
+    """Fills the sheet. Interrupting it anywhere leaves a valid sheet: samples not yet attacked stand."""
+    total, behind = planned_rows(sheet, effort), 0.0
+    correct = int(sheet.correct.sum())
+    for current in sheet.rounds:
+        started = time.perf_counter()
+        try:
+            for stage in stages_of(sheet, current.threat, effort):
+
+                def watch(_step: int, _steps: int, left: int, stage: Stage = stage, share: float = behind / total) -> None:
+                    tick = Tick(sheet.subject.victim.name, current.threat, current.text, stage.attack.name, left, share)  # noqa: B023
+                    progress(tick)
+
+                attack_round(sheet, referee, current, stage.attack, seed, watch)
+                behind += stage.rows * correct
+            losses_agree(sheet, current, seed)
+            current.finished = True
+        finally:
+            current.seconds += time.perf_counter() - started
+
+
+def attack_round(
+    sheet: Sheet, referee: Referee, current: Round, attack: AttackLike, seed: int, watch: Callable[[int, int, int], None]
+) -> None:
+    """One attack on the samples still standing; only what the referee confirms is entered."""
+    rows = sheet.standing(current.threat, current.radius).nonzero().squeeze(1)
+    if not len(rows):
+        return
+    started, subject, hits = time.perf_counter(), sheet.subject, sheet.hits[current.threat]
+    x, goal = subject.x[rows], subject.goal.take(rows)
+    outcome = attack(subject.victim, x, goal, current.radius, seed, clean=sheet.clean[rows], watch=watch)
+    hits.invalid[rows] |= outcome.flags["invalid"].cpu()
+    claimed = outcome.reached.cpu().nonzero().squeeze(1)
+    broken = rows[:0]
+    if len(claimed):
+        x_adv = outcome.x_adv.cpu()[claimed]
+        ruling = referee.judge(x[claimed], x_adv, goal.take(claimed), current.threat, current.radius)
+        broken = rows[claimed][ruling.broken]
+        hits.radius[broken] = current.radius
+        hits.x_adv[broken] = x_adv[ruling.broken]
+        hits.size[broken] = ruling.size[ruling.broken]
+        hits.predicted[broken] = ruling.predicted[ruling.broken]
+    current.attacks.append(_row(attack.name, repr(attack), len(rows), len(broken), outcome, time.perf_counter() - started))
+
+
+def _row(name: str, recipe: str, tried: int, broken: int, outcome: Outcome, seconds: float) -> AttackRow:
+    return AttackRow(
+        name=name,
+        recipe=recipe,
+        tried=tried,
+        broken=broken,
+        forwards=int(outcome.queries.sum()),
+        backwards=int(outcome.backwards.sum()),
+        seconds=seconds,
+    )
+
+
+def losses_agree(sheet: Sheet, current: Round, seed: int) -> None:
+    """Cross-entropy and margin, same budget, on a capped sample: a wide gap means that scores hide gradients.
+
+    Cost: at most 20 gradient rows for each of 128 samples.
+    """
+    order = sheet.subject.order
+    rows = order[sheet.correct[order]][:LOSS_SAMPLE]
+    if not len(rows) or any(f.id == "no-gradient" for f in sheet.findings):
+        return
+    subject, reached = sheet.subject, {}
+    for objective in (cross_entropy, margin):
+        started = time.perf_counter()
+        attack = pgd(10, threat=named(current.threat), objective=objective)
+        outcome = attack(subject.victim, subject.x[rows], subject.goal.take(rows), current.radius, seed, clean=sheet.clean[rows])
+        reached[objective] = outcome.reached.cpu()
+        row = _row(f"check: {objective.__name__}", repr(attack), len(rows), 0, outcome, time.perf_counter() - started)
+        current.attacks.append(row)
+    only_margin = int((reached[margin] & ~reached[cross_entropy]).sum())
+    only_ce = int((reached[cross_entropy] & ~reached[margin]).sum())
+    gap = (only_margin - only_ce) / len(rows)
+    if abs(gap) > LOSS_GAP and mcnemar(only_margin, only_ce) < 0.01:
+        weak, strong = ("cross-entropy", "the margin") if gap > 0 else ("the margin", "cross-entropy")
+        flag = Flag(
+            id="losses-disagree",
+            severity="block",
+            message=f"With the same 10 steps {strong} breaks {abs(gap):.0%} more of "
+            f"{len(rows)} samples than {weak} does: scores hide gradients.",
+            fix="Attack the model without its output scaling (temperature, softmax, quantized scores), or run --effort max.",
+        )
+        current.flags.append(flag)
+
+
+def eight_bit(sheet: Sheet, referee: Referee) -> None:
+    """Which stored inputs still break the model after rounding to k/255: what survives saving an image. (N,) per threat."""
+    for threat, hits in sheet.hits.items():
+        kept = torch.zeros(len(hits.radius), dtype=torch.bool)
+        rows = torch.isfinite(hits.radius).nonzero().squeeze(1)
+        if len(rows):
+            rounded = (hits.x_adv[rows] * 255).round() / 255
+            kept[rows] = sheet.subject.goal.take(rows).reached(referee.outputs(rounded))
+        sheet.rounded[threat] = kept

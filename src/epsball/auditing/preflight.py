@@ -1,0 +1,244 @@
+"""The contract check before any attack: does the model get and give what everybody thinks it does?
+
+Each check looks at one thing, ends in one sentence, and either passes, mends what is safe to mend, warns, or blocks: a
+blocked model is audited, but its number is not called robust accuracy.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from epsball.auditing.results import Finding
+from epsball.auditing.statistics import mcnemar
+from epsball.core import Goal, Key, Objective, Problem, Tally, Untargeted, Victim, as_goal, autograd, content_ids, valid
+from epsball.errors import AccessDenied, BadInput
+from epsball.objectives import cross_entropy, margin
+from epsball.threats import Linf
+
+SAMPLE = 128
+"""Most samples that a check looks at; checks cost about 12 forward and 4 backward rows for each of them."""
+
+
+@dataclass(frozen=True)
+class Bench:
+    """A small sample of the data on which the checks run."""
+
+    victim: Victim
+    x: Tensor
+    goal: Goal
+    output: Tensor
+
+    def ask(self, x: Tensor) -> Tensor:
+        """(B, C) outputs; nobody's budget is charged."""
+        return self.victim.outputs(x, Tally.zeros(len(x)))
+
+
+def classes_fit(y: Tensor, output: Tensor) -> None:
+    """Refuses labels that the model has no score for.
+
+    Raises:
+        BadInput: names the label, the number of classes and the fix.
+    """
+    if y.ndim == 2:
+        if y.shape[1] != output.shape[1]:
+            raise BadInput(f"labels: {y.shape[1]} columns, the model has {output.shape[1]} outputs: one column per output is needed")
+        return
+    if int(y.max()) >= output.shape[1]:
+        raise BadInput(
+            f"labels: class {int(y.max())} in the data, the model scores {output.shape[1]} classes: map the labels or fix the model"
+        )
+
+
+def look(victim: Victim, x: Tensor, y: Tensor) -> Bench:
+    """Takes the first samples (the caller has put them in random order) and asks once."""
+    part = x[:SAMPLE].to(victim.device)
+    output = victim.outputs(part, Tally.zeros(len(part)))
+    classes_fit(y, output)
+    return Bench(victim, part, as_goal(y[:SAMPLE].to(victim.device)), output)
+
+
+def are_probabilities(output: Tensor) -> bool:
+    """Every row lies in [0, 1] and sums to 1 within 1e-4, on 8 rows or more."""
+    fine = output[valid(output)]
+    if len(fine) < 8 or output.shape[1] < 2:
+        return False
+    return bool((fine >= 0).all() and (fine <= 1).all() and ((fine.sum(1) - 1).abs() < 1e-4).all())
+
+
+def answers(bench: Bench) -> Iterator[Finding]:
+    """Finite scores, and more than one class ever answered."""
+    bad = int((~valid(bench.output)).sum())
+    if bad:
+        yield Finding(
+            id="finite",
+            status="warn",
+            message=f"{bad} of {len(bench.x)} outputs are NaN or infinite: they count as broken and as robust at once.",
+        )
+    else:
+        yield Finding(id="finite", status="pass", message="All outputs are finite.")
+    if isinstance(bench.goal, Untargeted):
+        given = bench.output[valid(bench.output)].argmax(1)
+        if (
+            len(bench.x) >= 20
+            and len(given)
+            and bool((given == given[0]).all())
+            and bool((bench.goal.labels != bench.goal.labels[0]).any())
+        ):
+            message = (
+                f"The model answers class {int(given[0])} for all {len(given)} samples looked at: check weights, input scaling and labels."
+            )
+            yield Finding(id="constant", status="block", message=message)
+
+
+def repeats(bench: Bench) -> Iterator[Finding]:
+    """The same question gets the same answer, four times."""
+    others = [bench.ask(bench.x) for _ in range(4)]
+    scale = bench.output.nan_to_num().abs().amax().clamp(min=1e-12)
+    worst = max(float((o - bench.output).nan_to_num().abs().amax() / scale) for o in others)
+    flips = sum(int((o.argmax(1) != bench.output.argmax(1)).sum()) for o in others)
+    if worst > 1e-4 or flips:
+        message = (
+            f"The model is random: in 4 repeats {flips} of {4 * len(bench.x)} answers "
+            f"changed their class, scores moved by {worst:.1e} of their range."
+        )
+        yield Finding(id="random", status="block", message=message)
+    else:
+        yield Finding(id="random", status="pass", message="Same input, same output.")
+
+
+def independent(bench: Bench) -> Iterator[Finding]:
+    """A sample's answer does not depend on its neighbors in the batch."""
+    part = bench.x[:32]
+    together = bench.ask(part)
+    alone = torch.cat([bench.ask(part[i : i + 1]) for i in range(len(part))])
+    scale = together.nan_to_num().abs().amax().clamp(min=1e-12)
+    worst = float((together - alone).nan_to_num().abs().amax() / scale)
+    if worst > 1e-3:
+        message = (
+            f"Answers depend on the batch: alone or in a batch of {len(part)}, "
+            f"scores differ by {worst:.1e} of their range (batch statistics?)."
+        )
+        yield Finding(id="batch", status="block", message=message)
+    else:
+        yield Finding(id="batch", status="pass", message="Answers do not depend on the batch.")
+
+
+def still(bench: Bench, before: str) -> Iterator[Finding]:
+    """Asking leaves no trace in the model."""
+    if fingerprint(bench.victim.model) != before:
+        yield Finding(
+            id="state",
+            status="block",
+            message="Asking the model changes its buffers or parameters: its answers depend on what was asked before.",
+        )
+    else:
+        yield Finding(id="state", status="pass", message="Asking leaves the model unchanged.")
+
+
+def scaled(bench: Bench, adapter_stats: tuple[Tensor, Tensor] | None) -> Iterator[Finding]:
+    """Inputs reach the model in the scale it was trained on: no other usual scaling gives clearly better answers.
+
+    Compared with x * 255, 2x - 1, standardized x and, where a normalization was declared, with x without it. A gain of 10
+    points that exact McNemar calls significant (p < 0.001) blocks.
+    """
+    if not isinstance(bench.goal, Untargeted) or len(bench.x) < 32:
+        return
+    x, labels = bench.x, bench.goal.labels
+    axes = (0, 2, 3) if x.ndim == 4 else 0
+    mean, std = x.mean(axes, keepdim=True), x.std(axes, keepdim=True).clamp(min=1e-3)
+    ways = {"multiplied by 255": x * 255, "scaled to [-1, 1]": 2 * x - 1, "standardized by their own mean and deviation": (x - mean) / std}
+    if adapter_stats is not None:
+        ways["without the declared mean and std"] = x * adapter_stats[1] + adapter_stats[0]
+    right = bench.output.argmax(1) == labels
+    for words, inputs in ways.items():
+        other = bench.ask(inputs).argmax(1) == labels
+        gain, loss = int((other & ~right).sum()), int((right & ~other).sum())
+        if gain - loss >= 0.1 * len(x) and mcnemar(gain, loss) < 0.001:
+            message = (
+                f"Accuracy is {right.float().mean():.0%} as declared but {other.float().mean():.0%} "
+                f"when inputs are {words}: normalization is missing, doubled or wrong."
+            )
+            yield Finding(id="scaling", status="block", message=message)
+            return
+    yield Finding(id="scaling", status="pass", message="No other usual input scaling gives better answers.")
+
+
+def alive(bench: Bench, seed: int) -> Iterator[Finding]:
+    """Gradients exist, are finite and are not zero, for cross-entropy and for the margin, at x and beside it."""
+    victim, right = bench.victim, ~bench.goal.reached(bench.output) & valid(bench.output)
+    rows = right.nonzero().squeeze(1)
+    if not len(rows):
+        return
+    x, goal = bench.x[rows], bench.goal.take(rows)
+    low, high = (torch.as_tensor(bound, device=x.device) for bound in victim.box)
+    shift = (Key.of(seed).fold("preflight").uniform(content_ids(x), x) - 0.5) * 0.02 * (high - low)
+    dead = {"cross-entropy": 0, "margin": 0}
+    for name, objective in (("cross-entropy", cross_entropy), ("margin", margin)):
+        for point in (x, (x + shift.to(x.dtype)).clamp(low, high)):
+            try:
+                gradient = _gradient(victim, point, goal, objective)
+            except (RuntimeError, AccessDenied):  # an in-place step, a custom function without backward, integers: no gradient is to be had
+                gradient = torch.zeros_like(point)
+            sick = ~(torch.isfinite(gradient).flatten(1).all(1) & (gradient.flatten(1).abs().amax(1) > 0))
+            dead[name] = max(dead[name], int(sick.sum()))
+    yield _alive_finding(dead, len(rows))
+
+
+def _alive_finding(dead: dict[str, int], n: int) -> Finding:
+    if dead["margin"] == n:
+        return Finding(id="no-gradient", status="block", message="No gradient reaches the input: only attacks without gradients could run.")
+    if dead["margin"] > 0.01 * n:
+        message = f"The margin's gradient is zero or not finite for {dead['margin']} of {n} samples: gradient attacks are blind there."
+        return Finding(id="gradient", status="block", message=message)
+    if dead["cross-entropy"] > 0.01 * n:
+        message = (
+            f"Cross-entropy's gradient vanishes for {dead['cross-entropy']} of {n} samples "
+            "(saturated scores): any evaluation by cross-entropy alone would look too good."
+        )
+        return Finding(id="gradient", status="block", message=message)
+    return Finding(id="gradient", status="pass", message="Gradients are finite and alive.")
+
+
+def _gradient(victim: Victim, x: Tensor, goal: Goal, objective: Objective) -> Tensor:
+    """(B, ...) gradient of an objective at x; zeros where the output is detached from the input."""
+    n, tally = len(x), Tally.zeros(len(x))
+    radius = torch.zeros(n, dtype=torch.float64, device=x.device)
+    ids, clean = torch.zeros(n, dtype=torch.int64, device=x.device), victim.outputs(x, tally)
+    problem = Problem(victim, x, goal, Linf().within(victim.box), objective, radius, ids, clean, Key.of(0), tally)
+    gradient: Tensor = autograd(problem, x).gradient
+    return gradient
+
+
+def fingerprint(model: object) -> str:
+    """Hash of all parameters and buffers; empty for models that are plain functions."""
+    if not isinstance(model, nn.Module):
+        return ""
+    digest = hashlib.blake2b(digest_size=16)
+    for name, tensor in model.state_dict().items():
+        digest.update(name.encode())
+        if isinstance(tensor, Tensor):
+            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def preflight(victim: Victim, x: Tensor, y: Tensor, *, seed: int = 0, normalization: tuple[Tensor, Tensor] | None = None) -> list[Finding]:
+    """Runs every check on the first `SAMPLE` samples.
+
+    Args:
+        victim: the model, used as a context already or not. x: inputs (N, ...) in random order. y: labels (N,) or (N, C).
+        seed: of the small shifts at which gradients are looked at.
+        normalization: (mean, std) that the adapter applies, in shapes that broadcast against x, if any.
+
+    Cost: about 12 forward and 4 backward rows for each sample looked at.
+    """
+    with victim:
+        before = fingerprint(victim.model)
+        bench = look(victim, x, y)
+        findings = [*answers(bench), *repeats(bench), *independent(bench), *still(bench, before)]
+        findings += [*scaled(bench, normalization), *alive(bench, seed)]
+    return findings

@@ -1,0 +1,106 @@
+"""The independent judge: no attack's own word is believed. A fresh model in eval mode, float64 distances, no shared code.
+
+Distances are computed here in NumPy, on purpose not by the threats that the attacks used.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from epsball.core import Goal, Tally, Victim, valid
+
+Array = np.ndarray[Any, Any]
+
+THIN = 1e-4
+"""Verdicts whose top two scores differ by less than this share of the largest score are judged again in float64."""
+
+
+def distance(x: Array, x_adv: Array, threat: str) -> Array:
+    """(B,) float64 size of the change between stored inputs, by threat name."""
+    change = x_adv.astype(np.float64) - x.astype(np.float64)
+    flat = change.reshape(len(change), -1)
+    if threat == "l0" and change.ndim >= 4:
+        flat = (change != 0).any(axis=1).reshape(len(change), -1)
+    sizes: dict[str, Callable[[], Array]] = {
+        "linf": lambda: np.abs(flat).max(1),
+        "l2": lambda: np.sqrt(np.square(flat).sum(1)),
+        "l1": lambda: np.abs(flat).sum(1),
+        "l0": lambda: (flat != 0).sum(1),
+        "l0f": lambda: (flat != 0).sum(1),
+    }
+    return sizes[threat]().astype(np.float64)
+
+
+@dataclass(frozen=True)
+class Ruling:
+    """What the referee says of B inputs.
+
+    Attributes:
+        broken: (B,) bool: legal and the goal is reached. legal: inside radius and box. answered: (B,) finite output.
+        predicted: (B,) top class. size: (B,) float64.
+    """
+
+    broken: Tensor
+    legal: Tensor
+    answered: Tensor
+    predicted: Tensor
+    size: Tensor
+
+
+class Referee:
+    """Judges stored inputs with a copy of the model that no attack has touched.
+
+    The copy is taken when the referee is made; models that cannot be copied (functions, programs) are used as they are.
+    The batch size is the referee's own, so that the run's batch size cannot change a ruling.
+    """
+
+    def __init__(self, victim: Victim, batch_size: int = 128) -> None:
+        model = victim.model
+        if isinstance(model, nn.Module):
+            try:
+                model = copy.deepcopy(model)
+            except Exception:  # exported programs and modules with foreign handles cannot be copied
+                model = victim.model
+        self.victim = Victim(
+            model, box=victim.box, access=victim.access, batch_size=batch_size, fixed_batch=victim.fixed_batch, name=victim.name
+        )
+        self.rows = 0
+
+    def outputs(self, x: Tensor) -> Tensor:
+        """(B, C) fresh answers; thin ones come from a float64 copy of the model."""
+        output = self._ask(self.victim, x)
+        top = output.topk(min(2, output.shape[1]), dim=1).values
+        gap = (top[:, 0] - top[:, -1]).abs() if output.shape[1] > 1 else output[:, 0].abs()
+        thin = (valid(output) & (gap < THIN * output.abs().amax(1).clamp(min=1e-12))).nonzero().squeeze(1)
+        if len(thin) and isinstance(self.victim.model, nn.Module) and self.victim.fixed_batch is None:
+            output[thin] = self._exact(x[thin]).to(output.dtype)
+        return output
+
+    def judge(self, x: Tensor, x_adv: Tensor, goal: Goal, threat: str, radius: float | Tensor) -> Ruling:
+        """Rules on stored inputs (B, ...), all on the CPU, under one threat; `radius` is one number or (B,) float64."""
+        output = self.outputs(x_adv)
+        size = torch.from_numpy(distance(x.numpy(), x_adv.numpy(), threat))
+        low, high = self.victim.box
+        inside = ((x_adv >= low) & (x_adv <= high)).flatten(1).all(1)
+        legal = inside & (size <= radius)
+        reached = goal.reached(output)
+        return Ruling(reached & legal, legal, valid(output), output.argmax(1), size)
+
+    def _ask(self, victim: Victim, x: Tensor) -> Tensor:
+        self.rows += len(x)
+        return victim.outputs(x.to(victim.device), Tally.zeros(len(x))).cpu()
+
+    def _exact(self, x: Tensor) -> Tensor:
+        assert isinstance(self.victim.model, nn.Module)
+        try:
+            double = copy.deepcopy(self.victim.model).double()
+            return self._ask(Victim(double, box=self.victim.box, batch_size=self.victim.batch_size), x.double())
+        except Exception:  # a model with float32 constants of its own stays in float32
+            return self._ask(self.victim, x)

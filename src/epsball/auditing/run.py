@@ -1,0 +1,211 @@
+"""One audit, from subjects to plain results: preflight, cascade, referee, evidence, verdict. Interrupting it loses nothing."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from epsball.attacks import fgsm, noise
+from epsball.auditing.cascade import Tick, cascade, eight_bit, planned_rows
+from epsball.auditing.preflight import are_probabilities, look, preflight
+from epsball.auditing.referee import Referee
+from epsball.auditing.results import Finding, ModelReport
+from epsball.auditing.sheet import Sheet, Subject
+from epsball.auditing.verdict import FIXES, model_report
+from epsball.core import Access, Victim
+from epsball.errors import Refused
+from epsball.objectives import margin
+from epsball.store import evidence
+from epsball.threats import ThreatSpec
+
+FORMAT = 1
+"""Version of the evidence file."""
+
+
+class Progress(Protocol):
+    """Who listens to a run."""
+
+    def estimate(self, seconds: float) -> None:
+        """Before the first attack: the most time that the plan can take."""
+
+    def tick(self, tick: Tick) -> None:
+        """During attacks."""
+
+
+class Silent:
+    """Nobody listens."""
+
+    def estimate(self, seconds: float) -> None:
+        """Says nothing."""
+
+    def tick(self, tick: Tick) -> None:
+        """Says nothing."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is asked of every subject."""
+
+    threats: tuple[ThreatSpec, ...]
+    effort: str = "default"
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Audited:
+    """What a run gives: plain results, and whether it was interrupted."""
+
+    models: list[ModelReport]
+    partial: bool
+
+
+class _Log(nn.Module):
+    """Scores from a model that answers with probabilities."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor) -> Tensor:
+        """log p, finite at p = 0 and with a finite gradient."""
+        p = self.model(x)
+        logarithm: Tensor = p.clamp(min=torch.finfo(p.dtype).tiny).log()
+        return logarithm
+
+
+def prepare(subject: Subject, plan: Plan) -> tuple[Sheet, Referee]:
+    """Preflight: checks the contract, mends what is safe, asks all clean outputs once.
+
+    Raises:
+        BadInput: the model cannot be asked or scored at all, in one line.
+    """
+    victim, findings = subject.victim, []
+    if isinstance(victim.model, nn.Module) and any(module.training for module in victim.model.modules()):
+        message = "The model arrived in training mode; it is audited in eval mode and put back afterwards."
+        findings.append(Finding(id="eval-mode", status="mended", message=message))
+    # The order of content hashes: a random sample for the checks, whatever the order of the data.
+    chosen = subject.order
+    bench = look(victim, subject.x[chosen], subject.y[chosen])
+    if victim.access > Access.LABELS and are_probabilities(bench.output):
+        victim = Victim(
+            _Log(victim.model),
+            box=victim.box,
+            access=victim.access,
+            batch_size=victim.batch_size,
+            fixed_batch=victim.fixed_batch,
+            name=victim.name,
+        )
+        message = "The model answers with probabilities; their logarithm is used as scores."
+        findings.append(Finding(id="probabilities", status="mended", message=message))
+    subject = replace(subject, victim=victim)
+    referee = Referee(victim)
+    findings += preflight(victim, subject.x[chosen], subject.y[chosen], seed=plan.seed, normalization=subject.normalization)
+    refuse(findings, victim.name)
+    clean = referee.outputs(subject.x)
+    return Sheet.start(subject, clean, findings, plan.threats), referee
+
+
+def refuse(findings: Sequence[Finding], name: str) -> None:
+    """Stops before any attack where a number could only mislead: the model does not get what it was trained on.
+
+    Raises:
+        Refused: the finding and its fix, in one line.
+    """
+    for finding in findings:
+        if finding.status == "block" and finding.id in ("scaling", "constant"):
+            raise Refused(f"model '{name}': {finding.message} {FIXES[finding.id]}")
+
+
+def seconds_per_row(sheet: Sheet) -> float:
+    """Measured cost of one gradient row on at most 64 samples."""
+    subject, rows = sheet.subject, min(64, len(sheet.subject.x))
+    gradients = not any(f.id == "no-gradient" for f in sheet.findings)
+    attack = fgsm(objective=margin) if gradients else noise(draws=2)
+    started = time.perf_counter()
+    attack(subject.victim, subject.x[:rows], subject.goal.take(slice(0, rows)), 1e-6, clean=sheet.clean[:rows], drop=False)
+    return (time.perf_counter() - started) / (1.5 * rows)  # fgsm also judges its result: half a gradient row more
+
+
+def confirm(sheets: Sequence[tuple[Sheet, Referee]], path: Path, header: dict[str, Any]) -> None:
+    """Writes the evidence, reads it back, and lets the referee rule on what was read: only that counts."""
+    _store(sheets, path, header)
+    arrays, _ = evidence.read(path)
+    revoked = 0
+    for number, (sheet, referee) in enumerate(sheets):
+        for threat, hits in sheet.hits.items():
+            prefix = f"m{number}/{threat}"
+            rows = torch.from_numpy(arrays[f"{prefix}/rows"].copy())
+            if not len(rows):
+                continue
+            x = torch.from_numpy(evidence.expand(arrays[f"m{number}/x"]))[rows]
+            x_adv, radius = (torch.from_numpy(arrays[f"{prefix}/{name}"].copy()) for name in ("x_adv", "radius"))
+            ruling = referee.judge(x, x_adv, sheet.subject.goal.take(rows), threat, radius)
+            lost = rows[~ruling.broken.cpu()]
+            hits.revoke(lost)
+            revoked += len(lost)
+            if len(lost):
+                message = f"{len(lost)} adversarial inputs under {threat} were not confirmed when read back from disk; they do not count."
+                sheet.findings.append(Finding(id="unconfirmed", status="block", message=message))
+        if sheet.subject.x.ndim >= 3 and sheet.subject.victim.box == (0.0, 1.0):
+            eight_bit(sheet, referee)
+    if revoked:
+        _store(sheets, path, header)
+
+
+def _store(sheets: Sequence[tuple[Sheet, Referee]], path: Path, header: dict[str, Any]) -> None:
+    arrays: evidence.Arrays = {}
+    models = []
+    for number, (sheet, _) in enumerate(sheets):
+        arrays |= sheet.arrays(f"m{number}")
+        box = [float(torch.as_tensor(bound).min()) for bound in sheet.subject.victim.box]
+        rounds = [{"threat": r.threat, "radius": r.radius, "text": r.text} for r in sheet.rounds]
+        models.append({"name": sheet.subject.victim.name, "spec": dict(sheet.subject.source), "box": box, "rounds": rounds})
+    evidence.write(path, arrays, {**header, "format": FORMAT, "models": models})
+
+
+def audit_subjects(
+    subjects: Sequence[Subject], plan: Plan, path: Path, header: dict[str, Any], progress: Progress | None = None
+) -> Audited:
+    """Audits every subject under the same plan and stores the evidence.
+
+    Args:
+        subjects: models with their data. plan: threats, effort, seed. path: where the evidence goes.
+        header: settings to store with it, JSON-safe. progress: who listens.
+
+    Returns:
+        Results for every subject that was prepared before an interruption, if there was one.
+
+    Raises:
+        KeyboardInterrupt: interrupted before anything was known.
+    """
+    progress, partial = progress or Silent(), False
+    sheets: list[tuple[Sheet, Referee]] = []
+    try:
+        sheets.extend(prepare(subject, plan) for subject in subjects)
+        progress.estimate(sum(planned_rows(sheet, plan.effort) * seconds_per_row(sheet) for sheet, _ in sheets))
+        for number, (sheet, referee) in enumerate(sheets):
+            cascade(sheet, referee, plan.effort, plan.seed, _Part(progress, number, len(sheets)).tick)
+    except KeyboardInterrupt:
+        partial = True
+        if not sheets:
+            raise
+    confirm(sheets, path, header)
+    return Audited([model_report(sheet) for sheet, _ in sheets], partial)
+
+
+@dataclass(frozen=True)
+class _Part:
+    """One model's progress as a part of the whole run's."""
+
+    progress: Progress
+    number: int
+    count: int
+
+    def tick(self, tick: Tick) -> None:
+        self.progress.tick(replace(tick, share=(self.number + tick.share) / self.count))

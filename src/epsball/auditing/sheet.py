@@ -1,0 +1,134 @@
+"""The working sheet of one model's audit: what is known so far, valid at every moment, so that Ctrl-C loses nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from epsball.auditing.results import AttackRow, Finding, Flag
+from epsball.core import Goal, Victim, as_goal, content_ids, valid
+from epsball.store.evidence import Arrays, compact
+from epsball.threats import ThreatSpec
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model and the data that it is audited on.
+
+    Attributes:
+        victim: the model. x: (N, ...) inputs in random order. y: (N,) or (N, C) labels. index: (N,) places in the source.
+        data: name of the data. source: how the model can be loaded again, JSON-safe. class_names: may be empty.
+        normalization: (mean, std) that the adapter applies, if any. notes: what was done on the way in.
+    """
+
+    victim: Victim
+    x: Tensor
+    y: Tensor
+    index: Tensor
+    data: str
+    source: Mapping[str, Any]
+    class_names: tuple[str, ...] = ()
+    normalization: tuple[Tensor, Tensor] | None = None
+    notes: tuple[str, ...] = ()
+
+    @property
+    def goal(self) -> Goal:
+        """Untargeted, or any change of the label set."""
+        return as_goal(self.y)
+
+    @property
+    def order(self) -> Tensor:
+        """(N,) the samples in the order of their content hashes: random, but the same however the data is sorted."""
+        return content_ids(self.x).argsort()
+
+
+@dataclass
+class Hits:
+    """The confirmed adversarial inputs under one threat: at most one per sample, found at the smallest radius asked.
+
+    Attributes:
+        radius: (N,) float64, infinite where the sample stands. x_adv: (N, ...), the clean input where it stands.
+        size: (N,) float64. predicted: (N,) class answered. invalid: (N,) the search met a NaN or infinite answer.
+    """
+
+    radius: Tensor
+    x_adv: Tensor
+    size: Tensor
+    predicted: Tensor
+    invalid: Tensor
+
+    @staticmethod
+    def none(x: Tensor) -> Hits:
+        """Everything stands."""
+        n = len(x)
+        return Hits(
+            radius=torch.full((n,), torch.inf, dtype=torch.float64),
+            x_adv=x.clone(),
+            size=torch.zeros(n, dtype=torch.float64),
+            predicted=torch.full((n,), -1, dtype=torch.int64),
+            invalid=torch.zeros(n, dtype=torch.bool),
+        )
+
+    def revoke(self, rows: Tensor) -> None:
+        """The referee no longer confirms these (K,): they stand again."""
+        self.radius[rows] = torch.inf
+
+
+@dataclass
+class Round:
+    """One threat at one radius: what was run and what it cost."""
+
+    threat: str
+    radius: float
+    text: str
+    attacks: list[AttackRow] = field(default_factory=list)
+    flags: list[Flag] = field(default_factory=list)
+    seconds: float = 0.0
+    finished: bool = False
+
+
+@dataclass
+class Sheet:
+    """Everything known about one model so far."""
+
+    subject: Subject
+    clean: Tensor
+    findings: list[Finding]
+    threats: tuple[ThreatSpec, ...]
+    hits: dict[str, Hits]
+    rounds: list[Round]
+    rounded: dict[str, Tensor] = field(default_factory=dict)
+
+    @staticmethod
+    def start(subject: Subject, clean: Tensor, findings: list[Finding], threats: tuple[ThreatSpec, ...]) -> Sheet:
+        """Nothing attacked yet."""
+        hits = {spec.name: Hits.none(subject.x) for spec in threats}
+        rounds = [Round(spec.name, r, t) for spec in threats for r, t in zip(spec.radii, spec.texts, strict=True)]
+        return Sheet(subject, clean, findings, threats, hits, rounds)
+
+    @property
+    def correct(self) -> Tensor:
+        """(N,) bool: right and finite on the clean input."""
+        return ~self.subject.goal.reached(self.clean) & valid(self.clean)
+
+    def standing(self, threat: str, radius: float) -> Tensor:
+        """(N,) bool: correct, and not known to be broken within the radius."""
+        return self.correct & (self.hits[threat].radius > radius)
+
+    def arrays(self, prefix: str) -> Arrays:
+        """The evidence of this model, as stored."""
+        out: Arrays = {
+            f"{prefix}/x": compact(self.subject.x.cpu().numpy()),
+            f"{prefix}/y": self.subject.y.cpu().numpy(),
+            f"{prefix}/index": self.subject.index.cpu().numpy(),
+        }
+        for threat, hits in self.hits.items():
+            rows = torch.isfinite(hits.radius).nonzero().squeeze(1)
+            columns = {"x_adv": hits.x_adv, "radius": hits.radius, "size": hits.size, "predicted": hits.predicted}
+            out[f"{prefix}/{threat}/rows"] = rows.numpy()
+            out |= {f"{prefix}/{threat}/{name}": column[rows].cpu().numpy() for name, column in columns.items()}
+        return out

@@ -1,0 +1,107 @@
+"""From a sheet to plain results: counts, intervals, flags. Nothing is asked of any model here."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from epsball.auditing.results import ClassRate, Flag, ModelReport, Rate, Result
+from epsball.auditing.sheet import Round, Sheet
+from epsball.auditing.statistics import rate
+from epsball.core import valid
+
+FIXES = {
+    "random": "Average over several draws or freeze the randomness; attacks that expect it (EOT) are needed.",
+    "batch": "Use stored statistics instead of batch statistics at test time.",
+    "state": "Make the model's forward pass free of side effects in eval mode.",
+    "scaling": "Declare the normalization the model was trained with: --mean and --std, or wrap(model, mean=..., std=...).",
+    "constant": "Check that weights, class order and input scaling belong together.",
+    "gradient": "Attack the scores before softmax and quantization, or replace the dead layer's backward pass.",
+    "no-gradient": "Give a differentiable version of the model, or treat it as a black box.",
+}
+
+
+def model_report(sheet: Sheet) -> ModelReport:
+    """The verdict on one model."""
+    subject, box = sheet.subject, sheet.subject.victim.box
+    flags = [Flag(id=f.id, severity="block", message=f.message, fix=FIXES.get(f.id, "")) for f in sheet.findings if f.status == "block"]
+    invalid = ~valid(sheet.clean).cpu()
+    unknown = int(invalid.sum())
+    if unknown > 0.05 * len(invalid):
+        message = f"{unknown} of {len(invalid)} clean outputs are NaN or infinite."
+        flags.append(
+            Flag(
+                id="invalid", severity="block", message=message, fix="Find the layer that overflows before asking how robust the model is."
+            )
+        )
+    elif unknown:
+        flags.append(
+            Flag(id="invalid", severity="warn", message=f"{unknown} clean outputs are NaN or infinite: they widen every interval.")
+        )
+    return ModelReport(
+        name=subject.victim.name,
+        data=subject.data,
+        n=len(subject.x),
+        source=str(subject.source.get("source", "python object")),
+        clean_accuracy=rate(int(sheet.correct.sum()), len(subject.x), unknown),
+        clean_per_class=per_class(sheet, sheet.correct, invalid),
+        invalid=unknown,
+        box=(float(torch.as_tensor(box[0]).min()), float(torch.as_tensor(box[1]).max())),
+        findings=sheet.findings,
+        flags=flags,
+        results=[result(sheet, current, invalid, blocked=any(f.severity == "block" for f in flags)) for current in sheet.rounds],
+    )
+
+
+def result(sheet: Sheet, current: Round, invalid: Tensor, blocked: bool) -> Result:
+    """One threat at one radius."""
+    standing = sheet.standing(current.threat, current.radius).cpu()
+    unsure = standing & sheet.hits[current.threat].invalid
+    flags = list(current.flags)
+    if not current.finished:
+        message = "Interrupted before every attack had run: still an upper bound, but a weak one."
+        flags.append(Flag(id="interrupted", severity="block", message=message, fix="Run the audit again to the end."))
+    if int(unsure.sum()):
+        message = (
+            f"The model answered NaN or infinity near {int(unsure.sum())} samples "
+            "that still stand: they count as robust only at the high end."
+        )
+        flags.append(Flag(id="invalid-nearby", severity="warn", message=message))
+    sure = standing & ~unsure
+    return Result(
+        threat=current.threat,
+        radius=current.radius,
+        radius_text=current.text,
+        robust_accuracy=rate(int(sure.sum()), len(sure), int(unsure.sum()) + int(invalid.sum())),
+        trustworthy=not blocked and not any(f.severity == "block" for f in flags),
+        after_rounding=rounded_rate(sheet, current, sure, unsure, invalid),
+        forwards=sum(a.forwards for a in current.attacks),
+        backwards=sum(a.backwards for a in current.attacks),
+        seconds=current.seconds,
+        flags=flags,
+        attacks=current.attacks,
+        per_class=per_class(sheet, sure, invalid | unsure),
+    )
+
+
+def rounded_rate(sheet: Sheet, current: Round, sure: Tensor, unsure: Tensor, invalid: Tensor) -> Rate | None:
+    """Robust accuracy if adversarial inputs had to be saved with 8 bits first."""
+    kept = sheet.rounded.get(current.threat)
+    if kept is None:
+        return None
+    lost = sheet.correct.cpu() & (sheet.hits[current.threat].radius <= current.radius) & ~kept
+    return rate(int((sure | lost).sum()), len(sure), int(unsure.sum()) + int(invalid.sum()))
+
+
+def per_class(sheet: Sheet, good: Tensor, unknown: Tensor) -> list[ClassRate]:
+    """One rate for each class of the data; none for multi-label data."""
+    y, names = sheet.subject.y.cpu(), sheet.subject.class_names
+    if y.ndim != 1:
+        return []
+    rates = []
+    for label in sorted(set(y.tolist())):
+        rows = y == label
+        name = names[label] if label < len(names) else str(label)
+        counts = [int((part & rows).sum()) for part in (good, torch.ones_like(good), unknown)]
+        rates.append(ClassRate(label=label, name=name, rate=rate(*counts)))
+    return rates

@@ -1,0 +1,176 @@
+"""An attack is a value: who may change what, what it climbs, how it searches. Its repr is its full recipe."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from epsball.core.descent import Strategy
+from epsball.core.goal import Goal, as_goal
+from epsball.core.outcome import Outcome
+from epsball.core.problem import Objective, Problem, Watch
+from epsball.core.random import Key, content_ids
+from epsball.core.rows import moved
+from epsball.core.run import run
+from epsball.core.threat import Projects
+from epsball.core.victim import Access, Tally, Victim
+from epsball.errors import BadInput
+
+Model = Victim | Callable[[Tensor], Tensor]
+
+
+class AttackLike(Protocol):
+    """What combinators take and give: a name and a call."""
+
+    @property
+    def name(self) -> str:
+        """Part of the key of its randomness, and what reports print."""
+
+    @property
+    def threat(self) -> Projects:
+        """What it may change."""
+
+    def __call__(
+        self,
+        model: Model,
+        x: Tensor,
+        goal: Goal | Tensor,
+        radius: float | Tensor,
+        seed: int | Key = 0,
+        *,
+        clean: Tensor | None = None,
+        drop: bool = True,
+        watch: Watch | None = None,
+    ) -> Outcome:
+        """See `Attack.__call__`."""
+
+
+@dataclass(frozen=True)
+class Attack:
+    """One search under one threat.
+
+    Attributes:
+        name: as registered. threat, objective, strategy, steps: the recipe. smallest: look for the smallest change.
+    """
+
+    name: str
+    threat: Projects
+    objective: Objective
+    strategy: Strategy
+    steps: int
+    smallest: bool = False
+    access: Access = field(default=Access.GRADIENT, repr=False)
+
+    def __call__(
+        self,
+        model: Model,
+        x: Tensor,
+        goal: Goal | Tensor,
+        radius: float | Tensor,
+        seed: int | Key = 0,
+        *,
+        clean: Tensor | None = None,
+        drop: bool = True,
+        watch: Watch | None = None,
+    ) -> Outcome:
+        """Attacks a batch.
+
+        Args:
+            model: a `Victim`, or anything callable that maps (B, ...) in [0, 1] to (B, C) scores.
+            x: clean inputs (B, ...), floating point, inside the victim's box.
+            goal: labels (B,) for untargeted, or any `Goal`.
+            radius: budget in the threat's unit, one number or (B,).
+            seed: the run's seed, or a key below it.
+            clean: the model's outputs for `x`, where they are known; they are not asked for again.
+            drop: stop working on a sample once its goal is reached.
+            watch: progress callback.
+
+        Raises:
+            BadInput: labels, radius or inputs that cannot be used, in one line.
+
+        Cost: 1 forward row per sample for `clean` unless given, then that of `epsball.core.run.run`.
+        """
+        victim, goal = Victim.of(model), as_goal(goal)
+        with victim:
+            problem = pose(self, victim, x, goal, radius, Key.of(seed).fold(self.name), clean)
+            return run(problem, self.strategy, self.steps, smallest=self.smallest, drop=drop, watch=watch)
+
+    def __repr__(self) -> str:
+        return recipe(self)
+
+
+def pose(attack: Attack, victim: Victim, x: Tensor, goal: Goal, radius: float | Tensor, key: Key, clean: Tensor | None) -> Problem:
+    """Checks what the caller gave and puts it into one `Problem`; asks for the clean outputs if nobody has them."""
+    x, goal = x.detach().to(victim.device), moved(goal, victim.device)
+    radii = check_inputs(victim, x, goal, radius)
+    tally = Tally.zeros(len(x))
+    clean = victim.outputs(x, tally) if clean is None else clean.to(victim.device)
+    check_labels(goal, clean)
+    return Problem(
+        victim=victim,
+        x=x,
+        goal=goal,
+        threat=attack.threat.within(victim.box),
+        objective=attack.objective,
+        radius=radii,
+        ids=content_ids(x),
+        clean=clean,
+        key=key,
+        tally=tally,
+    )
+
+
+def check_inputs(victim: Victim, x: Tensor, goal: Goal, radius: float | Tensor) -> Tensor:
+    """One-line errors for inputs outside the box, wrong label counts and bad radii; returns radii (B,) float64."""
+    if not x.is_floating_point() or x.ndim < 2 or len(x) == 0:
+        raise BadInput(f"x: {x.dtype} of shape {tuple(x.shape)}: give a non-empty float tensor (B, ...)")
+    if not bool(torch.isfinite(x).all()):
+        raise BadInput("x: has NaN or infinite values: clean the data first")
+    low, high = victim.box
+    if bool((x < low).any()) or bool((x > high).any()):
+        raise BadInput(f"x: values {float(x.min()):g} .. {float(x.max()):g} leave the box {low} .. {high}: scale x or declare the box")
+    labels = getattr(goal, "labels", None)
+    if labels is not None and len(labels) != len(x):
+        raise BadInput(f"labels: {len(labels)} for {len(x)} inputs: give one per input")
+    radii = torch.as_tensor(radius, dtype=torch.float64, device=x.device)
+    if radii.ndim > 1 or (radii.ndim == 1 and len(radii) != len(x)):
+        raise BadInput(f"radius: shape {tuple(radii.shape)} for {len(x)} inputs: give one number or one per input")
+    if not bool((radii >= 0).all()):
+        raise BadInput(f"radius: {float(radii.min()):g}: must be 0 or more")
+    return radii.expand(len(x)).contiguous()
+
+
+def check_labels(goal: Goal, clean: Tensor) -> None:
+    """One-line errors for labels that the model has no score for."""
+    classes = clean.shape[1]
+    for field_name in ("labels", "targets"):
+        labels = getattr(goal, field_name, None)
+        if labels is None:
+            continue
+        if labels.ndim == 2:
+            if labels.shape[1] != classes:
+                raise BadInput(f"{field_name}: {labels.shape[1]} columns for a model with {classes} outputs: give one per output")
+        elif labels.is_floating_point() or int(labels.min()) < 0 or int(labels.max()) >= classes:
+            raise BadInput(f"{field_name}: {labels.min().item()} .. {labels.max().item()}: must be whole numbers, 0 .. {classes - 1}")
+
+
+def recipe(value: Any) -> str:
+    """A repr that names functions instead of their addresses."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        shown = [f"{f.name}={recipe(getattr(value, f.name))}" for f in dataclasses.fields(value) if f.repr]
+        return f"{type(value).__name__}({', '.join(shown)})"
+    if isinstance(value, tuple):
+        return "(" + ", ".join(recipe(part) for part in value) + ("," if len(value) == 1 else "") + ")"
+    if isinstance(value, Tensor):
+        return f"tensor{tuple(value.shape)}"
+    return str(getattr(value, "__name__", repr(value)))
+
+
+def renamed(attack: Attack, name: str) -> Attack:
+    """The same attack under its registered name."""
+    return replace(attack, name=name)

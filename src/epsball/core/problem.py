@@ -1,0 +1,86 @@
+"""One batch under attack, and what one look at the model gives."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from epsball.core.goal import Goal
+from epsball.core.random import Key
+from epsball.core.rows import Rows, take
+from epsball.core.threat import Projects, Z
+from epsball.core.victim import Tally, Victim
+
+Objective = Callable[["Problem", Z, Tensor, Tensor], Tensor]
+"""(problem, z, x_adv, output) -> (B,) score; higher always suits the adversary."""
+
+
+@dataclass(frozen=True)
+class Reading:
+    """One look at the model from z: what was asked, the answer, its score, and the gradient of the score by z if taken."""
+
+    z: Z
+    x_adv: Tensor
+    output: Tensor
+    score: Tensor
+    gradient: Z = None
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A batch of B samples under attack.
+
+    Attributes:
+        victim: the model. x: clean inputs (B, ...). goal, threat, objective: the adversary.
+        radius: budget (B,) float64. ids: content hashes (B,). clean: clean outputs (B, C), computed once.
+        key: the randomness of this attack. tally: the ledger that every query is written to.
+    """
+
+    victim: Victim
+    x: Tensor
+    goal: Goal
+    threat: Projects
+    objective: Objective
+    radius: Tensor
+    ids: Tensor
+    clean: Tensor
+    key: Key
+    tally: Tally
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    def take(self, rows: Rows) -> Problem:
+        """The same problem for some of the samples."""
+        return Problem(
+            victim=self.victim,
+            x=self.x[rows],
+            goal=self.goal.take(rows),
+            threat=self.threat,
+            objective=self.objective,
+            radius=self.radius[rows],
+            ids=self.ids[rows],
+            clean=self.clean[rows],
+            key=self.key,
+            tally=self.tally.take(rows),
+        )
+
+    def judge(self, z: Z) -> Reading:
+        """One forward row per sample, no gradient."""
+        x_adv = self.threat.apply(self.x, z)
+        output = self.victim.outputs(x_adv, self.tally)
+        with torch.no_grad():
+            return Reading(z, x_adv, output, self.objective(self, z, x_adv, output))
+
+
+Watch = Callable[[int, int, int], Any]
+"""(step, steps, samples still under attack): called by `run` once a step, for progress."""
+
+
+def same_rows(tree: Any, keep: Tensor) -> Any:
+    """`take` that is free when every row is kept, the common case inside a loop."""
+    return tree if bool(keep.all()) else take(tree, keep.nonzero().squeeze(1))

@@ -1,0 +1,66 @@
+"""Keyed randomness: noise is a function of (seed, attack, restart, sample content, draw), never of a stream.
+
+So batch size, order, duplicates, dropping and resuming cannot change what a sample is given. Counter-based Philox
+generators (Salmon et al. 2011), one per row; about 12 microseconds for an MNIST row on a CPU.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+def content_ids(x: Tensor) -> Tensor:
+    """Names every sample by a 64-bit hash of its content: (B, ...) -> (B,) int64."""
+    rows = x.detach().to("cpu", torch.float32).contiguous().numpy()
+    shape = repr(tuple(x.shape[1:])).encode()
+    hashes = [hashlib.blake2b(row.tobytes(), digest_size=8, salt=b"sample", person=b"", key=shape[:64]).digest() for row in rows]
+    return torch.from_numpy(np.frombuffer(b"".join(hashes), dtype="<i8").copy()).to(x.device)
+
+
+@dataclass(frozen=True)
+class Key:
+    """A place in the tree of random draws; `fold` goes one level down. Equal keys give equal noise, on any machine."""
+
+    path: tuple[int | str, ...]
+
+    @staticmethod
+    def of(seed: int | Key) -> Key:
+        """A run seed becomes the root of its tree; a key is left as it is."""
+        return seed if isinstance(seed, Key) else Key((int(seed),))
+
+    def fold(self, *parts: int | str) -> Key:
+        """The key below this one that `parts` name."""
+        return Key((*self.path, *parts))
+
+    def _generators(self, ids: Tensor) -> list[np.random.Generator]:
+        prefix = hashlib.blake2b(repr(self.path).encode(), digest_size=16)
+        generators = []
+        for sample in ids.tolist():
+            digest = prefix.copy()
+            digest.update(int(sample).to_bytes(8, "little", signed=True))
+            generators.append(np.random.Generator(np.random.Philox(key=int.from_bytes(digest.digest(), "little"))))
+        return generators
+
+    def _draw(self, kind: str, ids: Tensor, like: Tensor) -> Tensor:
+        size = like[0].numel() if len(like) else 0
+        out = np.empty((len(ids), size), dtype=np.float32)
+        for row, generator in zip(out, self._generators(ids), strict=True):
+            getattr(generator, kind)(dtype=np.float32, out=row)
+        return torch.from_numpy(out).reshape(like.shape).to(like.device, like.dtype)
+
+    def uniform(self, ids: Tensor, like: Tensor) -> Tensor:
+        """Uniform in [0, 1), shape of `like` (B, ...), one independent row per id (B,)."""
+        return self._draw("random", ids, like)
+
+    def normal(self, ids: Tensor, like: Tensor) -> Tensor:
+        """Standard normal, shape of `like` (B, ...), one independent row per id (B,)."""
+        return self._draw("standard_normal", ids, like)
+
+    def exponential(self, ids: Tensor, like: Tensor) -> Tensor:
+        """Standard exponential, shape of `like` (B, ...), one independent row per id (B,)."""
+        return self._draw("standard_exponential", ids, like)

@@ -1,0 +1,102 @@
+"""From a gradient to a direction: small links that chain, in the manner of optax, each per sample and with its own memory."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from epsball.core.problem import Problem
+from epsball.core.rows import per_sample
+from epsball.core.threat import Z
+
+Memory = Any
+
+
+class Rule(Protocol):
+    """One link: `start` gives its memory (rows of B), `turn` maps a gradient to a direction."""
+
+    def start(self, problem: Problem, z: Z) -> Memory:
+        """Memory before the first step."""
+
+    def turn(self, problem: Problem, z: Z, gradient: Z, memory: Memory) -> tuple[Z, Memory]:
+        """The direction, and the memory for the next step."""
+
+
+def normalized(values: Tensor, p: float) -> Tensor:
+    """Rows of p-norm 1; rows of zeros stay zeros, non-finite entries count as zero."""
+    flat = torch.nan_to_num(values, nan=0.0, posinf=0.0, neginf=0.0)
+    scale = flat.flatten(1).abs().amax(1)
+    flat = flat / per_sample(torch.where(scale > 0, scale, torch.ones_like(scale)), flat)
+    length = torch.linalg.vector_norm(flat.flatten(1), p, dim=1)
+    return flat / per_sample(torch.where(length > 0, length, torch.ones_like(length)), flat)
+
+
+@dataclass(frozen=True)
+class Steepest:
+    """The threat's own steepest direction."""
+
+    def start(self, problem: Problem, z: Z) -> Memory:
+        """No memory."""
+        return ()
+
+    def turn(self, problem: Problem, z: Z, gradient: Z, memory: Memory) -> tuple[Z, Memory]:
+        """Asks the threat."""
+        return problem.threat.steepest(problem.x, z, gradient), memory
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Scales every gradient to p-norm 1."""
+
+    p: float
+
+    def start(self, problem: Problem, z: Z) -> Memory:
+        """No memory."""
+        return ()
+
+    def turn(self, problem: Problem, z: Z, gradient: Z, memory: Memory) -> tuple[Z, Memory]:
+        """g / ||g||_p."""
+        return normalized(gradient, self.p), memory
+
+
+@dataclass(frozen=True)
+class Momentum:
+    """Accumulates: m <- decay * m + g (Dong et al. 2018, eq. 6)."""
+
+    decay: float
+
+    def start(self, problem: Problem, z: Z) -> Memory:
+        """No speed yet."""
+        return torch.zeros_like(z)
+
+    def turn(self, problem: Problem, z: Z, gradient: Z, memory: Memory) -> tuple[Z, Memory]:
+        """The accumulated gradient is both the direction and the memory."""
+        speed = self.decay * memory + gradient
+        return speed, speed
+
+
+@dataclass(frozen=True)
+class Chain:
+    """Links in order."""
+
+    links: tuple[Rule, ...]
+
+    def start(self, problem: Problem, z: Z) -> Memory:
+        """Memory of each link."""
+        return tuple(link.start(problem, z) for link in self.links)
+
+    def turn(self, problem: Problem, z: Z, gradient: Z, memory: Memory) -> tuple[Z, Memory]:
+        """Each link turns what the one before it gave."""
+        after = []
+        for link, part in zip(self.links, memory, strict=True):
+            gradient, part = link.turn(problem, z, gradient, part)
+            after.append(part)
+        return gradient, tuple(after)
+
+
+def chain(*links: Rule) -> Chain:
+    """`chain(Unit(1), Momentum(1.0), Steepest())` reads like the paper's update."""
+    return Chain(links)

@@ -1,0 +1,45 @@
+"""The one loop. It alone judges every iterate and the last one, keeps the best so far, drops what is done, keeps the books."""
+
+from __future__ import annotations
+
+import torch
+
+from epsball.core.descent import Strategy
+from epsball.core.outcome import Best, Outcome
+from epsball.core.problem import Problem, Watch, same_rows
+from epsball.core.rows import take
+
+
+def run(
+    problem: Problem, strategy: Strategy, steps: int, *, smallest: bool = False, drop: bool = True, watch: Watch | None = None
+) -> Outcome:
+    """Runs a strategy for at most `steps` moves.
+
+    Samples whose clean answer already reaches the goal, or is not finite, are never touched and cost nothing here.
+
+    Args:
+        problem: the batch (B). strategy: how to search. steps: moves allowed.
+        smallest: rank successes by size instead of score, and go on after the first.
+        drop: take a sample out of the batch once its goal is reached (never in a search for the smallest change).
+        watch: called with (step, steps, samples left) once a step.
+
+    Cost: that of the strategy's step for every sample still searched, and one forward row to judge the last iterate.
+    """
+    best = Best(problem, smallest)
+    with problem.victim, torch.no_grad():
+        alive = best.open.nonzero().squeeze(1)
+        part = problem if len(alive) == len(problem) else problem.take(alive)
+        state = strategy.init(part, steps) if len(alive) else None
+        for step in range(steps):
+            if not len(alive):
+                break
+            if watch is not None:
+                watch(step, steps, len(alive))
+            reading, state = strategy.step(part, state)
+            done = best.update(alive, part, reading)
+            if drop and not smallest and bool(done.any()):
+                keep = ~done
+                part, state, alive = same_rows(part, keep), take(state, keep.nonzero().squeeze(1)), alive[keep]
+        if len(alive) and state is not None:
+            best.update(alive, part, part.judge(state.z))
+    return best.outcome(problem, steps)

@@ -1,0 +1,198 @@
+"""The only road to the model: counts every row per sample, splits batches, and leaves the model as it was found."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from epsball.core.rows import Rows, concatenate, take
+from epsball.errors import AccessDenied, BadInput
+
+Bound = float | Tensor
+
+
+class Access(IntEnum):
+    """What the adversary may see of the model."""
+
+    LABELS = 0
+    SCORES = 1
+    GRADIENT = 2
+
+
+@dataclass(frozen=True)
+class Tally:
+    """A ledger (N,) of rows forward and backward per sample, seen through `rows` (B,): the samples of this batch."""
+
+    forwards: Tensor
+    backwards: Tensor
+    rows: Tensor
+
+    @staticmethod
+    def zeros(n: int) -> Tally:
+        """An empty ledger for n samples."""
+        return Tally(torch.zeros(n, dtype=torch.int64), torch.zeros(n, dtype=torch.int64), torch.arange(n))
+
+    def take(self, rows: Rows) -> Tally:
+        """The same ledger, seen by some of the samples."""
+        return Tally(self.forwards, self.backwards, self.rows[rows.cpu() if isinstance(rows, Tensor) else rows])
+
+    def count_forward(self) -> None:
+        """One more row forward for every sample of the batch."""
+        self.forwards.index_add_(0, self.rows, torch.ones_like(self.rows))
+
+    def count_backward(self) -> None:
+        """One more row backward for every sample of the batch."""
+        self.backwards.index_add_(0, self.rows, torch.ones_like(self.rows))
+
+
+class Victim:
+    """A model under attack.
+
+    Args:
+        model: maps (B, ...) inputs inside `box` to (B, C) scores; one score per class, any scale. `epsball.wrap` brings
+            other shapes to this form.
+        box: legal range (low, high) of the input; numbers, or tensors that broadcast against one sample.
+        access: what attacks may see; asking for more raises `AccessDenied`.
+        batch_size: most rows per call; None means no limit. Running out of memory halves it and goes on.
+        fixed_batch: batch size that an exported program insists on; short batches are padded.
+        name: how reports call it.
+
+    Use it as a context: inside, every submodule is in eval mode, parameters are frozen and the global random generators
+    are forked; all of it is put back on the way out, exceptions included.
+    """
+
+    def __init__(
+        self,
+        model: Callable[[Tensor], Tensor],
+        *,
+        box: tuple[Bound, Bound] = (0.0, 1.0),
+        access: Access = Access.GRADIENT,
+        batch_size: int | None = None,
+        fixed_batch: int | None = None,
+        name: str = "model",
+    ) -> None:
+        self.model = model
+        self.box = box
+        self.access = access
+        self.batch_size = fixed_batch or batch_size
+        self.fixed_batch = fixed_batch
+        self.name = name
+        self._restore: list[Callable[[], None]] = []
+        self._depth = 0
+        tensors = [*model.parameters(), *model.buffers()] if isinstance(model, nn.Module) else []
+        floats = [t for t in tensors if t.is_floating_point()]
+        self.device = tensors[0].device if tensors else torch.device("cpu")
+        self.dtype = floats[0].dtype if floats else torch.float32
+
+    @staticmethod
+    def of(model: Victim | Callable[[Tensor], Tensor]) -> Victim:
+        """A victim as it is; anything else that can be called becomes one with the default box [0, 1]."""
+        return model if isinstance(model, Victim) else Victim(model)
+
+    def __enter__(self) -> Victim:
+        self._depth += 1
+        if self._depth == 1:
+            self._restore = [_fork_generators(), *(_still(self.model) if isinstance(self.model, nn.Module) else [])]
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._depth -= 1
+        if self._depth == 0:
+            for restore in self._restore:
+                restore()
+            self._restore = []
+
+    def outputs(self, x: Tensor, tally: Tally) -> Tensor:
+        """(B, C) answers without gradient, counted. A label-only victim gives one-hot rows: no score leaks."""
+        with self, torch.no_grad():
+            output: Tensor = self.split(self._forward, x, tally)
+        if self.access is Access.LABELS:
+            output = torch.nn.functional.one_hot(output.argmax(1), output.shape[1]).to(x.dtype)
+        return output
+
+    def differentiable(self, x: Tensor, tally: Tally) -> Tensor:
+        """(B, C) answers that autograd can follow back to `x`, counted; call it inside `split`."""
+        if self.access is not Access.GRADIENT:
+            raise AccessDenied(f"model '{self.name}' gives {self.access.name.lower()} only: use an attack that needs no gradient")
+        with torch.enable_grad():
+            return self._forward(x, tally)
+
+    def split(self, function: Callable[..., Any], *trees: Any) -> Any:
+        """Runs `function` on slices of at most `batch_size` rows and joins the results; the only place that splits."""
+        n, start = len(trees[0]), 0
+        parts: list[Any] = []
+        while start < n or not parts:
+            rows = slice(start, min(n, start + (self.batch_size or max(n, 1))))
+            try:
+                parts.append(function(*(take(tree, rows) for tree in trees)))
+                start = max(rows.stop, 1)
+                continue
+            except (torch.OutOfMemoryError, RuntimeError) as error:
+                if not _out_of_memory(error) or rows.stop - rows.start <= 1 or self.fixed_batch:
+                    raise
+            # Outside the except block: the exception holds the frames that hold the memory.
+            self.batch_size = (rows.stop - rows.start) // 2
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+        return concatenate(parts)
+
+    def _forward(self, x: Tensor, tally: Tally) -> Tensor:
+        asked = x.to(self.dtype)
+        if self.fixed_batch and len(x) < self.fixed_batch:
+            asked = torch.cat([asked, asked[-1:].expand(self.fixed_batch - len(x), *x.shape[1:])])
+        output = self.model(asked)
+        tally.count_forward()
+        if not isinstance(output, Tensor) or output.ndim != 2 or len(output) != len(asked):
+            shape = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
+            raise BadInput(f"model '{self.name}' returned {shape} for {len(asked)} inputs: scores (B, C) are needed; epsball.wrap converts")
+        output = output[: len(x)]
+        return output if output.dtype is torch.float64 else output.float()
+
+
+def _still(model: nn.Module) -> list[Callable[[], None]]:
+    """Eval mode and frozen parameters, module by module; returns what undoes it."""
+    modes = [(module, module.training) for module in model.modules()]
+    grads = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    for module, _ in modes:
+        module.training = False  # the flag itself: exported programs refuse .eval(), and eval() may be overridden
+    for parameter, _ in grads:
+        parameter.requires_grad_(False)
+
+    def restore() -> None:
+        for module, mode in modes:
+            module.training = mode
+        for parameter, wanted in grads:
+            parameter.requires_grad_(wanted)
+
+    return [restore]
+
+
+def _fork_generators() -> Callable[[], None]:
+    """Gives models that draw random numbers a generator of their own with a known state; returns what undoes it."""
+    python, array, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002
+    devices: Sequence[Tensor] = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    random.seed(0)
+    np.random.seed(0)  # noqa: NPY002
+    torch.manual_seed(0)
+
+    def restore() -> None:
+        random.setstate(python)
+        np.random.set_state(array)  # noqa: NPY002
+        torch.set_rng_state(cpu)
+        if devices:
+            torch.cuda.set_rng_state_all(devices)
+
+    return restore
+
+
+def _out_of_memory(error: BaseException) -> bool:
+    text = str(error).lower()
+    return isinstance(error, torch.OutOfMemoryError) or "out of memory" in text or "can't allocate memory" in text

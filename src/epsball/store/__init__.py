@@ -1,0 +1,1 @@
+"""Runs on disk. Knows bytes and dictionaries, no models."""

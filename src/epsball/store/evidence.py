@@ -1,0 +1,80 @@
+"""One file that holds what a verdict rests on: inputs, labels, adversarial inputs and settings. Bytes and dictionaries only.
+
+Tensors, for model number i (all little-endian safetensors, readable from any language):
+
+- `m{i}/x` (N, ...): clean inputs, uint8 where they are exactly k/255, else float32; `m{i}/y` (N,) or (N, C) int64 labels.
+- `m{i}/index` (N,) int64: position in the data source.
+- `m{i}/{threat}/rows` (K,) int64: rows of x that were broken; `x_adv` (K, ...) float32: how; `radius` (K,) float64: the
+  smallest audited radius at which it was; `size` (K,) float64; `predicted` (K,) int64: the class answered.
+
+The header field `epsball` is a JSON object with the settings of the run.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from epsball.errors import BadInput
+
+Arrays = dict[str, np.ndarray[Any, Any]]
+NAME = "evidence.safetensors"
+
+
+def compact(x: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """uint8 where that loses not one bit of the float32 input, else float32."""
+    x = np.ascontiguousarray(x, dtype=np.float32)
+    bytes_ = np.rint(np.clip(x, 0, 1) * 255).astype(np.uint8)
+    return bytes_ if np.array_equal(expand(bytes_), x) else x
+
+
+def expand(x: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """Inverse of `compact`: float32 inputs."""
+    return x.astype(np.float32) / np.float32(255) if x.dtype == np.uint8 else x
+
+
+def write(path: Path, arrays: Arrays, header: dict[str, Any]) -> None:
+    """Writes the whole file or nothing: to a temporary name, flushed to disk, then renamed."""
+    from safetensors.numpy import save
+
+    blob = save({name: np.ascontiguousarray(a) for name, a in arrays.items()}, {"epsball": json.dumps(header, sort_keys=True)})
+    atomic(path, blob)
+
+
+def atomic(path: Path, blob: bytes) -> None:
+    """Replaces `path` by `blob` in one step that a crash cannot halve."""
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(blob)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(name, 0o644)
+        os.replace(name, path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+
+
+def read(path: Path) -> tuple[Arrays, dict[str, Any]]:
+    """(arrays, header); a damaged or foreign file is one line.
+
+    Raises:
+        BadInput: no such file, cut short, or not written by epsball.
+    """
+    from safetensors import safe_open
+
+    if not path.is_file():
+        raise BadInput(f"evidence '{path}': not found: give the folder of a finished run")
+    try:
+        with safe_open(path, framework="numpy") as file:
+            header = json.loads((file.metadata() or {})["epsball"])
+            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+    except Exception as error:
+        raise BadInput(f"evidence '{path}': unreadable ({type(error).__name__}): run the audit again") from error
+    return arrays, header

@@ -1,0 +1,342 @@
+"""Additive changes measured by an Lp norm: Linf, L2, L1 and L0, inside the box, with masks and per-feature budgets.
+
+The variable z is the perturbed input itself, so that what is measured is what is stored and sent. A mask or a budget only
+narrows the legal interval of a feature; every projection below is exact onto ball and intervals together, and rounds
+toward the clean input, so that the norm of the stored change, taken in float64, never exceeds the radius.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from epsball.core.random import Key
+from epsball.core.rows import per_sample
+from epsball.core.rule import normalized
+from epsball.core.victim import Bound
+from epsball.threats.rounding import Memo, inward
+
+_GUARD = 1.0 - 1e-12  # summation error of a float64 norm over a million features stays below this
+
+
+@dataclass(frozen=True, eq=False)
+class Room:
+    """The legal interval of every feature.
+
+    Attributes:
+        box: (low, high), numbers or tensors that broadcast against a sample; None means the victim's own box.
+        mask: broadcasts against a sample; where it is 0 nothing may change.
+        budget: largest change of each feature, broadcasts against a sample.
+    """
+
+    box: tuple[Bound, Bound] | None = None
+    mask: Tensor | None = None
+    budget: Tensor | None = None
+    memo: Memo = field(default_factory=Memo, repr=False)
+
+    def within(self, box: tuple[Bound, Bound]) -> Room:
+        """Takes over the victim's box unless a narrower one was given."""
+        if self.box is not None:
+            low, high = (torch.as_tensor(b, dtype=torch.float64) for b in self.box)
+            box = (torch.maximum(low, torch.as_tensor(box[0]).double()), torch.minimum(high, torch.as_tensor(box[1]).double()))
+        return replace(self, box=box, memo=Memo())
+
+    def interval(self, x: Tensor, radius: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """(low, high) of every feature of x (B, ...), in its dtype; with `radius` (B,) also cut to the Linf ball."""
+        known = self.memo.get("interval", (x,) if radius is None else (x, radius))
+        if known is None:
+            known = self.memo.put("interval", (x,) if radius is None else (x, radius), self._interval(x, radius))
+        return known[0], known[1]
+
+    def _interval(self, x: Tensor, radius: Tensor | None) -> tuple[Tensor, Tensor]:
+        exact = x.double()
+        low, high = (torch.as_tensor(b, dtype=torch.float64, device=x.device) for b in self.box or (-torch.inf, torch.inf))
+        change = torch.full_like(exact, torch.inf) if self.budget is None else self.budget.to(exact).expand_as(exact)
+        if self.mask is not None:
+            change = torch.where(self.mask.to(x.device).bool(), change, torch.zeros_like(change))
+        if radius is not None:
+            change = torch.minimum(change, per_sample(radius, exact))
+        low, high = inward(torch.maximum(low, exact - change), torch.minimum(high, exact + change), x.dtype)
+        # The sum above is rounded too: what counts is the change that will be measured. And x itself is always legal,
+        # even where its own rounding puts it half a step past the box.
+        low = torch.where(exact - low.double() > change, torch.nextafter(low, x), low)
+        high = torch.where(high.double() - exact > change, torch.nextafter(high, x), high)
+        return torch.minimum(low, x), torch.maximum(high, x)
+
+    def free(self, x: Tensor, z: Tensor, gradient: Tensor) -> Tensor:
+        """The gradient without the features that stand at their bound and are pushed outward."""
+        low, high = self.interval(x)
+        stuck = ((z >= high) & (gradient > 0)) | ((z <= low) & (gradient < 0))
+        return gradient.masked_fill(stuck, 0.0)
+
+    def farthest(self, x: Tensor) -> Tensor:
+        """The corner of the intervals that is farthest from x."""
+        low, high = self.interval(x)
+        return torch.where(high - x > x - low, high, low)
+
+
+def _toward(x: Tensor, change: Tensor) -> Tensor:
+    """x + change (float64) in the dtype of x, each feature rounded toward x so that no norm of the change grows."""
+    exact = x.double()
+    z = (exact + change).to(x.dtype)
+    outside = (z.double() - exact).abs() > change.abs()
+    return torch.where(outside, torch.nextafter(z, x), z)
+
+
+def _nearest(x: Tensor, boxed: Tensor, z: Tensor, interval: tuple[Tensor, Tensor], rows: Tensor, solve: Solver) -> Tensor:
+    """`boxed`, with `rows` replaced by x + solve(wanted change (R, F), space in its direction (R, F)), all in float64."""
+    few = len(rows) < len(x)
+    x_rows, z_rows, low, high = (t[rows] if few else t for t in (x, z, *interval))
+    exact = x_rows.double()
+    wanted = z_rows.double() - exact
+    space = torch.where(wanted > 0, high.double() - exact, exact - low.double())
+    # x + (high - x) can round past high in float64, hence the clamp.
+    result = _toward(x_rows, solve(wanted.flatten(1), space.flatten(1)).reshape(x_rows.shape)).clamp(low, high)
+    return boxed.index_copy(0, rows, result) if few else result
+
+
+Solver = Callable[[Tensor, Tensor], Tensor]
+
+
+def _change(x: Tensor, z: Tensor) -> Tensor:
+    """The change as it will be measured: float64 (B, F)."""
+    return (z.double() - x.double()).flatten(1)
+
+
+@dataclass(frozen=True, eq=False)
+class Linf:
+    """max |x_adv - x| <= radius."""
+
+    room: Room = field(default_factory=Room)
+    name: str = field(default="linf", init=False, repr=False)
+
+    def within(self, box: tuple[Bound, Bound]) -> Linf:
+        """Inside the victim's box."""
+        return replace(self, room=self.room.within(box))
+
+    def start(self, x: Tensor, radius: Tensor, noise: Key | None, ids: Tensor) -> Tensor:
+        """Uniform in the ball."""
+        if noise is None:
+            return x.clone()
+        return self.project(x, x + per_sample(radius, x) * (2 * noise.uniform(ids, x) - 1), radius)
+
+    def apply(self, x: Tensor, z: Tensor) -> Tensor:
+        """z is the input itself."""
+        return z
+
+    def size(self, x: Tensor, z: Tensor) -> Tensor:
+        """Largest absolute change."""
+        return _change(x, z).abs().amax(1)
+
+    def project(self, x: Tensor, z: Tensor, radius: Tensor) -> Tensor:
+        """Clips each feature to its interval."""
+        low, high = self.room.interval(x, radius)
+        return z.clamp(low, high)
+
+    def steepest(self, x: Tensor, z: Tensor, gradient: Tensor) -> Tensor:
+        """sign(g)."""
+        return torch.nan_to_num(gradient, nan=0.0).sign()
+
+    def reach(self, x: Tensor) -> Tensor:
+        """The widest interval."""
+        return self.size(x, self.room.farthest(x))
+
+
+@dataclass(frozen=True, eq=False)
+class L2:
+    """Root of the summed squared changes of one sample <= radius."""
+
+    room: Room = field(default_factory=Room)
+    name: str = field(default="l2", init=False, repr=False)
+
+    def within(self, box: tuple[Bound, Bound]) -> L2:
+        """Inside the victim's box."""
+        return replace(self, room=self.room.within(box))
+
+    def start(self, x: Tensor, radius: Tensor, noise: Key | None, ids: Tensor) -> Tensor:
+        """A random direction, uniform in the ball before the box cuts it."""
+        if noise is None:
+            return x.clone()
+        share = noise.fold("length").uniform(ids, x.flatten(1)[:, :1]).squeeze(1).double() ** (1.0 / x[0].numel())
+        return self.project(x, x + per_sample(radius * share, x) * normalized(noise.normal(ids, x), 2), radius)
+
+    def apply(self, x: Tensor, z: Tensor) -> Tensor:
+        """z is the input itself."""
+        return z
+
+    def size(self, x: Tensor, z: Tensor) -> Tensor:
+        """Euclidean length of the change."""
+        length: Tensor = torch.linalg.vector_norm(_change(x, z), 2, dim=1)
+        return length
+
+    def project(self, x: Tensor, z: Tensor, radius: Tensor) -> Tensor:
+        """Exact: the change is min(space, t * |wanted|) per feature, t the largest that fits.
+
+        With s = t^2 the squared length is concave and piecewise linear in s, so Newton's iteration from below ends
+        after finitely many steps, usually two or three.
+        """
+        interval = self.room.interval(x)
+        boxed = z.clamp(*interval)
+        rows = (self.size(x, boxed) > radius).nonzero().squeeze(1)
+        if not len(rows):
+            return boxed
+        target = (radius[rows] * _GUARD).square()[:, None]
+
+        def solve(wanted: Tensor, space: Tensor) -> Tensor:
+            squares, limits = wanted.square(), space.square()
+            s = target / squares.sum(1, keepdim=True)
+            full = limits <= s * squares
+            for _ in range(wanted.shape[1] + 1):
+                rest = squares.masked_fill(full, 0.0).sum(1, keepdim=True)
+                left = (target - limits.masked_fill(~full, 0.0).sum(1, keepdim=True)).clamp(min=0.0)
+                s = torch.where(rest > 0, torch.maximum(s, left / rest), s)
+                now = limits <= s * squares
+                if bool((now == full).all()):
+                    break
+                full = now
+            return wanted.sign() * torch.minimum(space, s.sqrt() * wanted.abs())
+
+        return _nearest(x, boxed, z, interval, rows, solve)
+
+    def steepest(self, x: Tensor, z: Tensor, gradient: Tensor) -> Tensor:
+        """g / ||g||_2 over the features that can still move."""
+        return normalized(self.room.free(x, z, gradient), 2)
+
+    def reach(self, x: Tensor) -> Tensor:
+        """Distance to the farthest corner of the box."""
+        return self.size(x, self.room.farthest(x))
+
+
+@dataclass(frozen=True, eq=False)
+class L1:
+    """Sum of absolute changes of one sample <= radius.
+
+    `share` of the features (at least one) carry the steepest direction; 0 is the exact dual vector, one feature. Sparse
+    L1 descent (Tramer & Boneh 2019, arXiv 1904.13000) spreads it, because one feature is soon at its bound.
+    """
+
+    room: Room = field(default_factory=Room)
+    share: float = 0.0
+    name: str = field(default="l1", init=False, repr=False)
+
+    def within(self, box: tuple[Bound, Bound]) -> L1:
+        """Inside the victim's box."""
+        return replace(self, room=self.room.within(box))
+
+    def start(self, x: Tensor, radius: Tensor, noise: Key | None, ids: Tensor) -> Tensor:
+        """Gaussian noise projected onto the ball: sparse, like the changes that work (as in the released APGD)."""
+        return x.clone() if noise is None else self.project(x, x + noise.normal(ids, x), radius)
+
+    def apply(self, x: Tensor, z: Tensor) -> Tensor:
+        """z is the input itself."""
+        return z
+
+    def size(self, x: Tensor, z: Tensor) -> Tensor:
+        """Sum of absolute changes."""
+        return _change(x, z).abs().sum(1)
+
+    def project(self, x: Tensor, z: Tensor, radius: Tensor) -> Tensor:
+        """Exact: the change is clip(|wanted| - lambda, 0, space) per feature; lambda solves a piecewise linear equation.
+
+        Its kinks are where a feature starts (|wanted|) and stops (|wanted| - space) growing as lambda falls: sort, sum, read off.
+        """
+        interval = self.room.interval(x)
+        boxed = z.clamp(*interval)
+        rows = (self.size(x, boxed) > radius).nonzero().squeeze(1)
+        if not len(rows):
+            return boxed
+        target = (radius[rows] * _GUARD)[:, None]
+
+        def solve(wanted: Tensor, space: Tensor) -> Tensor:
+            long = wanted.abs()
+            kinks, order = torch.cat([long, (long - space).clamp(min=0.0)], 1).sort(1, descending=True)
+            growing = torch.where(order < long.shape[1], 1.0, -1.0).to(long).cumsum(1)
+            lengths = torch.nn.functional.pad((growing * -kinks.diff(dim=1, append=torch.zeros_like(kinks[:, :1]))).cumsum(1), (1, 0))
+            last = (torch.searchsorted(lengths, target, right=False) - 1).clamp(0, kinks.shape[1] - 1)
+            missing = (target - lengths.gather(1, last)).clamp(min=0.0)
+            shift = kinks.gather(1, last) - missing / growing.gather(1, last).clamp(min=1.0)
+            change = torch.minimum((long - shift).clamp(min=0.0), space)
+            # Far outside the ball long - shift keeps few digits: whatever rounding added is scaled away.
+            return wanted.sign() * change * (target / change.sum(1, keepdim=True).clamp(min=1e-300)).clamp(max=1.0)
+
+        return _nearest(x, boxed, z, interval, rows, solve)
+
+    def steepest(self, x: Tensor, z: Tensor, gradient: Tensor) -> Tensor:
+        """Equal steps on the steepest features that can still move."""
+        free = torch.nan_to_num(self.room.free(x, z, gradient), nan=0.0).flatten(1)
+        count = max(1, int(self.share * free.shape[1]))
+        values, places = free.abs().topk(count, dim=1)
+        direction = torch.zeros_like(free).scatter(1, places, free.gather(1, places).sign())
+        return (direction / (values > 0).sum(1, keepdim=True).clamp(min=1)).reshape(gradient.shape)
+
+    def reach(self, x: Tensor) -> Tensor:
+        """Distance to the farthest corner of the box."""
+        return self.size(x, self.room.farthest(x))
+
+
+@dataclass(frozen=True, eq=False)
+class L0:
+    """Number of changed pixels (all channels of a (C, H, W) sample count as one) or, with `features`, of changed entries."""
+
+    room: Room = field(default_factory=Room)
+    features: bool = False
+
+    @property
+    def name(self) -> str:
+        """`l0` counts pixels, `l0f` features."""
+        return "l0f" if self.features else "l0"
+
+    def within(self, box: tuple[Bound, Bound]) -> L0:
+        """Inside the victim's box."""
+        return replace(self, room=self.room.within(box))
+
+    def _pixels(self, values: Tensor) -> Tensor:
+        """(B, C, ...) -> (B, channels, pixels); every feature is a pixel unless there are channels to join."""
+        if self.features or values.ndim < 4:
+            return values.reshape(len(values), 1, -1)
+        return values.flatten(2)
+
+    def start(self, x: Tensor, radius: Tensor, noise: Key | None, ids: Tensor) -> Tensor:
+        """floor(radius) random pixels, each uniform in its interval."""
+        if noise is None:
+            return x.clone()
+        low, high = self.room.interval(x)
+        values = (low + (high - low) * noise.uniform(ids, x)).clamp(low, high)
+        chance = noise.fold("pixels").uniform(ids, self._pixels(x)[:, 0])
+        return self._keep(x, values, chance, radius)
+
+    def _keep(self, x: Tensor, values: Tensor, worth: Tensor, radius: Tensor) -> Tensor:
+        """`values` on the floor(radius) pixels of most worth (B, pixels), x elsewhere; ties go to the first pixel."""
+        rank = worth.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
+        kept = (rank < radius.floor()[:, None])[:, None, :].expand_as(self._pixels(x)).reshape(x.shape)
+        return torch.where(kept, values, x)
+
+    def apply(self, x: Tensor, z: Tensor) -> Tensor:
+        """z is the input itself."""
+        return z
+
+    def size(self, x: Tensor, z: Tensor) -> Tensor:
+        """How many pixels differ."""
+        return self._pixels(z != x).any(1).sum(1).double()
+
+    def project(self, x: Tensor, z: Tensor, radius: Tensor) -> Tensor:
+        """Exact: keeps the pixels whose loss would cost the most squared distance."""
+        boxed = z.clamp(*self.room.interval(x))
+        legal = self.size(x, boxed) <= radius
+        if bool(legal.all()):
+            return boxed
+        # (z - x)^2 - (z - boxed)^2, factored: the difference of squares cancels to nothing far outside the box.
+        gain = (boxed.double() - x.double()) * ((z.double() - x.double()) + (z.double() - boxed.double()))
+        kept = self._keep(x, boxed, self._pixels(gain).sum(1), radius)
+        return torch.where(per_sample(legal, x) > 0, boxed, kept)
+
+    def steepest(self, x: Tensor, z: Tensor, gradient: Tensor) -> Tensor:
+        """g scaled to a mean absolute value of 1, as in PGD_0 (Croce & Hein 2019, arXiv 1909.05040): L0 has no dual vector."""
+        return normalized(gradient, 1) * gradient[0].numel()
+
+    def reach(self, x: Tensor) -> Tensor:
+        """All pixels that may change at all."""
+        return self.size(x, self.room.farthest(x))
