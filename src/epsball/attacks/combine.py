@@ -31,19 +31,20 @@ class _Case:
 
 def _open(model: Model, x: Tensor, goal: Goal | Tensor, radius: float | Tensor, clean: Tensor | None) -> _Case:
     victim = Victim.of(model)
-    x, aim = x.detach().to(victim.device), moved(as_goal(goal), victim.device)
+    x, aim = moved(x, victim.device), moved(as_goal(goal), victim.device)
     radii = check_inputs(victim, x, aim, radius)
     asked = clean is None
-    clean = victim.outputs(x, Tally.zeros(len(x))) if clean is None else clean.to(victim.device)
+    clean = victim.outputs(x, Tally.zeros(len(x))) if clean is None else moved(clean, victim.device)
     check_labels(aim, clean)
     return _Case(victim, x, aim, radii, clean, int(asked))
 
 
-def _nothing(case: _Case, steps: int) -> Outcome:
+def _nothing(case: _Case, threat: Projects, steps: int) -> Outcome:
     """The outcome before any stage: clean inputs, with what the clean answers already say."""
     n, none = len(case.x), torch.zeros(len(case.x), dtype=torch.int64)
     return Outcome(
         x_adv=case.x.clone(),
+        z=threat.start(case.x, case.radius, None, torch.zeros(n, dtype=torch.int64)),
         reached=case.goal.reached(case.clean),
         size=torch.zeros_like(case.radius),
         score=case.clean.new_full((n,), -torch.inf),
@@ -65,6 +66,7 @@ def merged(whole: Outcome, rows: Tensor, part: Outcome, smallest: bool = False) 
     spent = rows.cpu()
     return Outcome(
         x_adv=whole.x_adv.index_copy(0, places, part.x_adv[won]),
+        z=whole.z.index_copy(0, places, part.z[won]),
         reached=whole.reached.index_put((rows,), had | part.reached),
         size=whole.size.index_copy(0, places, part.size[won]),
         score=whole.score.index_copy(0, places, part.score[won]),
@@ -78,9 +80,9 @@ def merged(whole: Outcome, rows: Tensor, part: Outcome, smallest: bool = False) 
 Stage = Callable[[_Case, Tensor], Outcome]
 
 
-def _union(case: _Case, stages: list[Stage], steps: int, drop: bool) -> Outcome:
+def _union(case: _Case, threat: Projects, stages: list[Stage], steps: int, drop: bool) -> Outcome:
     """Runs stages in turn, each on the samples that no stage before it has broken (all that began unbroken if not `drop`)."""
-    whole = _nothing(case, steps)
+    whole = _nothing(case, threat, steps)
     begun = ~whole.reached & ~whole.flags["invalid"]
     for stage in stages:
         rows = ((begun & ~whole.reached) if drop else begun).nonzero().squeeze(1)
@@ -127,7 +129,7 @@ class Restarts:
 
         with Victim.of(model) as victim:
             case = _open(victim, x, goal, radius, clean)
-            return _union(case, [stage(number) for number in range(self.count)], self.count, drop)
+            return _union(case, self.threat.within(case.victim.box), [stage(number) for number in range(self.count)], self.count, drop)
 
     def __repr__(self) -> str:
         return recipe(self)
@@ -171,7 +173,7 @@ class Cascade:
 
         with Victim.of(model) as victim:
             case = _open(victim, x, goal, radius, clean)
-            return _union(case, [stage(attack) for attack in self.attacks], len(self.attacks), drop)
+            return _union(case, self.threat.within(case.victim.box), [stage(attack) for attack in self.attacks], len(self.attacks), drop)
 
     def __repr__(self) -> str:
         return recipe(self)
@@ -189,6 +191,10 @@ class EveryTarget:
     count: int
     order: Order
     name: str = "every_target"
+
+    def __post_init__(self) -> None:
+        if self.count < 1:
+            raise BadInput(f"targets: {self.count}: must be 1 or more")
 
     @property
     def threat(self) -> Projects:
@@ -229,7 +235,7 @@ class EveryTarget:
 
                 return run_stage
 
-            whole = _union(case, [stage(rank) for rank in range(count)], count, drop)
+            whole = _union(case, self.threat.within(case.victim.box), [stage(rank) for rank in range(count)], count, drop)
         return replace(whole, queries=whole.queries + tally.forwards, backwards=whole.backwards + tally.backwards)
 
     def __repr__(self) -> str:
@@ -276,7 +282,7 @@ class SmallestRadius:
         with Victim.of(model) as victim:
             box_reach = self.threat.within(victim.box).reach(x.to(victim.device)) if radius is None else radius
             case = _open(victim, x, goal, box_reach, clean)
-            whole = _nothing(case, self.rounds)
+            whole = _nothing(case, self.threat.within(case.victim.box), self.rounds)
             low, high = torch.zeros_like(case.radius), case.radius.clone()
             rows = (~whole.reached & ~whole.flags["invalid"]).nonzero().squeeze(1)
             for number in range(self.rounds + 1):

@@ -10,6 +10,7 @@ from torch import Tensor
 from epsball.attacks.registry import register
 from epsball.core import Attack, Objective, Problem, Projects, Reading
 from epsball.core.victim import Access
+from epsball.errors import BadInput
 from epsball.objectives import margin
 from epsball.threats import Linf
 
@@ -40,5 +41,7 @@ class FreshDraws:
 @register(paper="the random-noise control of Carlini et al. 2019, arXiv 1902.06705", access=Access.SCORES, cost="draws forwards")
 def noise(draws: int = 10, threat: Projects | None = None, objective: Objective = margin) -> Attack:
     """Independent random points of the ball; keeps the best. Needs no gradient."""
-    attack = Attack("noise", threat or Linf(), objective, FreshDraws(), steps=max(draws - 1, 0))
+    if draws < 1:
+        raise BadInput(f"draws: {draws}: must be 1 or more")
+    attack = Attack("noise", threat or Linf(), objective, FreshDraws(), steps=draws - 1)
     return replace(attack, access=Access.SCORES)

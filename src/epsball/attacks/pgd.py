@@ -58,7 +58,7 @@ def mi_fgsm(
 
     `step` None is radius / steps, as in the paper.
     """
-    size = OfRadius(1.0 / steps) if step is None else Fixed(step)
+    size = OfRadius(1.0 / max(steps, 1)) if step is None else Fixed(step)
     rule = chain(Unit(1), Momentum(decay), Steepest())
     return Attack("mi_fgsm", threat or Linf(), objective, Descent(size, rule), steps)
 

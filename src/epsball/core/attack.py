@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from epsball.core.descent import Strategy
-from epsball.core.goal import Goal, as_goal
+from epsball.core.goal import Goal, LabelsChanged, as_goal
 from epsball.core.outcome import Outcome
 from epsball.core.problem import Objective, Problem, Watch
 from epsball.core.random import Key, content_ids
@@ -66,6 +66,10 @@ class Attack:
     smallest: bool = False
     access: Access = field(default=Access.GRADIENT, repr=False)
 
+    def __post_init__(self) -> None:
+        if self.steps < 0:
+            raise BadInput(f"steps: {self.steps}: must be 0 or more")
+
     def __call__(
         self,
         model: Model,
@@ -106,16 +110,21 @@ class Attack:
 
 def pose(attack: Attack, victim: Victim, x: Tensor, goal: Goal, radius: float | Tensor, key: Key, clean: Tensor | None) -> Problem:
     """Checks what the caller gave and puts it into one `Problem`; asks for the clean outputs if nobody has them."""
-    x, goal = x.detach().to(victim.device), moved(goal, victim.device)
+    x, goal = moved(x, victim.device), moved(goal, victim.device)
     radii = check_inputs(victim, x, goal, radius)
     tally = Tally.zeros(len(x))
-    clean = victim.outputs(x, tally) if clean is None else clean.to(victim.device)
+    clean = victim.outputs(x, tally) if clean is None else moved(clean, victim.device)
     check_labels(goal, clean)
+    threat = attack.threat.within(victim.box)
+    if bool(torch.isinf(radii).any()):  # steps are shares of the radius, and infinity times no gradient is no number
+        radii = torch.where(torch.isinf(radii), threat.reach(x), radii)
+        if bool(torch.isinf(radii).any()):
+            raise BadInput("radius: inf: the box has no end either: give a finite radius or a finite box")
     return Problem(
         victim=victim,
         x=x,
         goal=goal,
-        threat=attack.threat.within(victim.box),
+        threat=threat,
         objective=attack.objective,
         radius=radii,
         ids=content_ids(x),
@@ -131,12 +140,15 @@ def check_inputs(victim: Victim, x: Tensor, goal: Goal, radius: float | Tensor) 
         raise BadInput(f"x: {x.dtype} of shape {tuple(x.shape)}: give a non-empty float tensor (B, ...)")
     if not bool(torch.isfinite(x).all()):
         raise BadInput("x: has NaN or infinite values: clean the data first")
-    low, high = victim.box
+    # In the precision of x: a bound that rounds outward in it is no fault of the data.
+    low, high = (torch.as_tensor(bound, dtype=x.dtype, device=x.device) for bound in victim.box)
     if bool((x < low).any()) or bool((x > high).any()):
-        raise BadInput(f"x: values {float(x.min()):g} .. {float(x.max()):g} leave the box {low} .. {high}: scale x or declare the box")
-    labels = getattr(goal, "labels", None)
-    if labels is not None and len(labels) != len(x):
-        raise BadInput(f"labels: {len(labels)} for {len(x)} inputs: give one per input")
+        words = " .. ".join("a tensor" if bound.ndim else f"{float(bound):g}" for bound in (low, high))
+        raise BadInput(f"x: values {float(x.min()):g} .. {float(x.max()):g} leave the box {words}: scale x or declare the box")
+    for name in ("labels", "targets"):
+        labels = getattr(goal, name, None)
+        if labels is not None and len(labels) != len(x):
+            raise BadInput(f"{name}: {len(labels)} for {len(x)} inputs: give one per input")
     radii = torch.as_tensor(radius, dtype=torch.float64, device=x.device)
     if radii.ndim > 1 or (radii.ndim == 1 and len(radii) != len(x)):
         raise BadInput(f"radius: shape {tuple(radii.shape)} for {len(x)} inputs: give one number or one per input")
@@ -148,6 +160,8 @@ def check_inputs(victim: Victim, x: Tensor, goal: Goal, radius: float | Tensor) 
 def check_labels(goal: Goal, clean: Tensor) -> None:
     """One-line errors for labels that the model has no score for."""
     classes = clean.shape[1]
+    if classes < 2 and not isinstance(goal, LabelsChanged):
+        raise BadInput(f"model: {classes} output for a goal among classes: give 2 or more scores per input")
     for field_name in ("labels", "targets"):
         labels = getattr(goal, field_name, None)
         if labels is None:
@@ -162,7 +176,8 @@ def check_labels(goal: Goal, clean: Tensor) -> None:
 def recipe(value: Any) -> str:
     """A repr that names functions instead of their addresses."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        shown = [f"{f.name}={recipe(getattr(value, f.name))}" for f in dataclasses.fields(value) if f.repr]
+        fields = [(f.name, getattr(value, f.name)) for f in dataclasses.fields(value) if f.repr]
+        shown = [f"{name}={recipe(part)}" for name, part in fields if part is not None]
         return f"{type(value).__name__}({', '.join(shown)})"
     if isinstance(value, tuple):
         return "(" + ", ".join(recipe(part) for part in value) + ("," if len(value) == 1 else "") + ")"

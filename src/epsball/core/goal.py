@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from epsball.core.rows import Rows, take
+from epsball.errors import BadInput
 
 
 def valid(output: Tensor) -> Tensor:
@@ -102,5 +104,17 @@ class LabelsChanged:
 def as_goal(goal: Goal | Tensor) -> Goal:
     """Plain labels mean untargeted: (B,) classes, or (B, C) zeros and ones for multi-label models."""
     if isinstance(goal, Tensor):
-        return LabelsChanged(goal) if goal.ndim == 2 else Untargeted(goal)
-    return goal
+        goal = LabelsChanged(goal) if goal.ndim == 2 else Untargeted(goal)
+    if not callable(getattr(goal, "reached", None)):
+        raise BadInput(f"goal: {type(goal).__name__}: give a tensor of labels or a Goal")
+    return _indexing(goal)
+
+
+def _indexing(goal: Goal) -> Goal:
+    """Class numbers of any integer width as int64, which alone can index."""
+    wide = {}
+    for name in ("labels", "targets"):
+        numbers = getattr(goal, name, None)
+        if isinstance(numbers, Tensor) and numbers.ndim == 1 and not numbers.is_floating_point() and numbers.dtype is not torch.int64:
+            wide[name] = numbers.long()
+    return dataclasses.replace(goal, **wide) if wide else goal  # type: ignore[type-var]

@@ -17,13 +17,15 @@ class Outcome:
     """Results for B samples.
 
     Attributes:
-        x_adv: (B, ...) best input found; the clean input itself where nothing was found at all.
+        x_adv: (B, ...) best input found; the clean input itself where nothing was found at all. z: (B, ...) the adversary's
+            variable that made it; the same as `x_adv` for additive threats.
         reached: (B,) bool, as judged on the model's answer. size: (B,) float64, 0 where nothing changed.
         score: (B,) objective of `x_adv`. queries, backwards: (B,) int64 rows spent. steps: moves allowed.
         flags: named (B,) bool; `invalid` marks samples for which the model answered NaN or infinity at least once.
     """
 
     x_adv: Tensor
+    z: Tensor
     reached: Tensor
     size: Tensor
     score: Tensor
@@ -42,6 +44,7 @@ class Best:
     def __init__(self, problem: Problem, smallest: bool) -> None:
         self.smallest = smallest
         self.x_adv = problem.x.clone()
+        self.z = problem.threat.start(problem.x, problem.radius, None, problem.ids)
         self.reached = problem.goal.reached(problem.clean)
         self.invalid = ~valid(problem.clean)
         self.size = torch.zeros_like(problem.radius)
@@ -72,8 +75,9 @@ class Best:
     ) -> None:
         if len(rows) == len(self.x_adv):  # nobody dropped yet: no gather needed
             torch.where(per_sample(better, self.x_adv) > 0, reading.x_adv, self.x_adv, out=self.x_adv)
+            torch.where(per_sample(better, self.z) > 0, reading.z, self.z, out=self.z)
         elif bool(better.any()):
-            self.x_adv[rows[better]] = reading.x_adv[better]
+            self.x_adv[rows[better]], self.z[rows[better]] = reading.x_adv[better], reading.z[better]
         self.score[rows] = torch.where(better, score, self.score[rows])
         if size is None:
             self.size[rows[better]] = torch.nan  # measured at the end, once
@@ -87,10 +91,17 @@ class Best:
         if len(missing):
             # A failure reports the size of the input that came closest.
             part = problem.take(missing)
-            self.size[missing] = problem.threat.size(part.x, self.x_adv[missing])
+            size = problem.threat.size(part.x, self.z[missing])
+            # A strategy may look beyond the radius, but nothing from there is handed back.
+            legal = size <= part.radius
+            back = missing[~legal]
+            self.x_adv[back], self.score[back] = problem.x[back], -torch.inf
+            self.z[back] = problem.threat.start(problem.x[back], problem.radius[back], None, problem.ids[back])
+            self.size[missing] = torch.where(legal, size, torch.zeros_like(size))
         rows = problem.tally.rows
         return Outcome(
             x_adv=self.x_adv,
+            z=self.z,
             reached=self.reached,
             size=self.size,
             score=self.score,

@@ -46,9 +46,10 @@ def concatenate(parts: list[Any]) -> Any:
 
 
 def moved(tree: T, device: torch.device) -> T:
-    """Every tensor in a tensor or dataclass on `device`."""
+    """Every tensor in a tensor or dataclass on `device`, detached; a copy where autograd could not use it (inference mode)."""
     if isinstance(tree, Tensor):
-        return tree.to(device)  # type: ignore[return-value]
+        there = tree.detach().to(device)
+        return there.clone() if there.is_inference() else there  # type: ignore[return-value]
     if dataclasses.is_dataclass(tree) and not isinstance(tree, type):
         return dataclasses.replace(tree, **{f.name: moved(getattr(tree, f.name), device) for f in dataclasses.fields(tree)})
     return tree

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -14,9 +15,14 @@ import torch
 from torch import Tensor, nn
 
 from epsball.core.rows import Rows, concatenate, take
+from epsball.core.substitute import Substituted
 from epsball.errors import AccessDenied, BadInput
 
 Bound = float | Tensor
+
+
+def _identity(x: Tensor) -> Tensor:
+    return x
 
 
 class Access(IntEnum):
@@ -53,6 +59,10 @@ class Tally:
         self.backwards.index_add_(0, self.rows, torch.ones_like(self.rows))
 
 
+Lens = Callable[[Tensor, Tally], Tensor]
+"""(inputs (B, ...), their ledger rows) -> what the model is shown instead, differentiable; row by row."""
+
+
 class Victim:
     """A model under attack.
 
@@ -85,6 +95,7 @@ class Victim:
         self.batch_size = fixed_batch or batch_size
         self.fixed_batch = fixed_batch
         self.name = name
+        self.lens: Lens | None = None
         self._restore: list[Callable[[], None]] = []
         self._depth = 0
         tensors = [*model.parameters(), *model.buffers()] if isinstance(model, nn.Module) else []
@@ -97,10 +108,37 @@ class Victim:
         """A victim as it is; anything else that can be called becomes one with the default box [0, 1]."""
         return model if isinstance(model, Victim) else Victim(model)
 
+    def through(self, lens: Lens) -> Victim:
+        """This victim behind one more lens; the lens added last acts first. Made inside a context, it shares that context."""
+        seen, behind = copy.copy(self), self.lens
+        seen.lens = lens if behind is None else lambda x, tally: behind(lens(x, tally), tally)
+        return seen
+
+    def replace(self, layer: str | nn.Module, backward: Callable[[Tensor], Tensor] = _identity) -> Victim:
+        """This victim with one layer that runs forward as it is and backward as `backward` (BPDA).
+
+        Athalye, Carlini & Wagner 2018, arXiv 1802.00420, section 4: a substitute g(x) ~ f(x) on the backward pass only, so
+        that every answer is still the model's own. The model itself is not changed.
+
+        Args:
+            layer: dotted name of a submodule, or the submodule; it takes one tensor. backward: (B, ...) -> the shape of the
+                layer's output, differentiable; the identity unless given.
+
+        Raises:
+            BadInput: no such layer, no module, or shapes that differ.
+        """
+        twin = copy.copy(self)
+        twin.model = Substituted.of(self.model, layer, backward, self.name)
+        return twin
+
     def __enter__(self) -> Victim:
         self._depth += 1
         if self._depth == 1:
-            self._restore = [_fork_generators(), *(_still(self.model) if isinstance(self.model, nn.Module) else [])]
+            self._restore = [
+                _leave_inference_mode(),
+                _fork_generators(),
+                *(_still(self.model) if isinstance(self.model, nn.Module) else []),
+            ]
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
@@ -115,7 +153,8 @@ class Victim:
         with self, torch.no_grad():
             output: Tensor = self.split(self._forward, x, tally)
         if self.access is Access.LABELS:
-            output = torch.nn.functional.one_hot(output.argmax(1), output.shape[1]).to(x.dtype)
+            finite = torch.isfinite(output).all(1, keepdim=True)  # an answer that is no number must not become class 0
+            output = torch.nn.functional.one_hot(output.argmax(1), output.shape[1]).to(output.dtype).masked_fill(~finite, torch.nan)
         return output
 
     def differentiable(self, x: Tensor, tally: Tally) -> Tensor:
@@ -146,8 +185,9 @@ class Victim:
 
     def _forward(self, x: Tensor, tally: Tally) -> Tensor:
         asked = x.to(self.dtype)
+        asked = asked if self.lens is None else self.lens(asked, tally)
         if self.fixed_batch and len(x) < self.fixed_batch:
-            asked = torch.cat([asked, asked[-1:].expand(self.fixed_batch - len(x), *x.shape[1:])])
+            asked = torch.cat([asked, asked[-1:].expand(self.fixed_batch - len(x), *asked.shape[1:])])
         output = self.model(asked)
         tally.count_forward()
         if not isinstance(output, Tensor) or output.ndim != 2 or len(output) != len(asked):
@@ -191,6 +231,13 @@ def _fork_generators() -> Callable[[], None]:
             torch.cuda.set_rng_state_all(devices)
 
     return restore
+
+
+def _leave_inference_mode() -> Callable[[], None]:
+    """Gradients need ordinary tensors, also where the caller is in inference mode; returns what undoes it."""
+    mode = torch.inference_mode(False)
+    mode.__enter__()
+    return lambda: mode.__exit__(None, None, None)
 
 
 def _out_of_memory(error: BaseException) -> bool:

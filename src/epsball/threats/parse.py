@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from fractions import Fraction
 
 from epsball.core.threat import Projects
 from epsball.errors import BadInput
@@ -36,7 +36,7 @@ class ThreatSpec:
 def named(name: str) -> Projects:
     """The registered threat of that name."""
     if name.lower() not in THREATS:
-        raise BadInput(f"threat '{name}': unknown: use one of {', '.join(THREATS)}")
+        raise BadInput(f"threat {name!r}: unknown: use one of {', '.join(THREATS)}")
     return THREATS[name.lower()]()
 
 
@@ -50,12 +50,13 @@ def parse_threat(text: str) -> ThreatSpec:
     named(name)
     found: dict[float, str] = {}
     for word in rest.split(","):
-        try:
-            radius = float(Fraction(word.strip().replace(" ", "")))
+        above, slash, below = word.partition("/")
+        try:  # not Fraction: it would compute all the digits of 1e999999999
+            radius = float(above) / float(below if slash else 1)
         except (ValueError, ZeroDivisionError):
-            raise BadInput(f"threat '{text}': radius '{word.strip()}' is no number: write it as linf:8/255,0.1") from None
-        if not radius > 0:
-            raise BadInput(f"threat '{text}': radius {word.strip()} must be above 0")
+            raise BadInput(f"threat {text!r}: radius {word.strip()!r} is no number: write it as linf:8/255,0.1") from None
+        if not (radius > 0 and math.isfinite(radius)):
+            raise BadInput(f"threat {text!r}: radius {word.strip()!r} must be above 0 and finite")
         found[radius] = word.strip()
     radii = tuple(sorted(found))
     return ThreatSpec(name.lower(), radii, tuple(found[r] for r in radii))
