@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import copy
 import datetime
 import platform
 import secrets
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from epsball import __version__, report
 from epsball.auditing.plan import EFFORTS, default_threats
@@ -23,9 +25,11 @@ from epsball.auditing.sheet import Subject
 from epsball.auditing.verify import Line, check_model
 from epsball.core import Victim
 from epsball.data import Dataset, from_arrays, load_data
+from epsball.data.sample import subset
 from epsball.errors import BadInput
 from epsball.models import ModelSpec, load_adapted, normalization, wrap
 from epsball.models.digits import NAMES as DIGITS
+from epsball.models.weights import check_finite
 from epsball.store import evidence
 from epsball.threats import parse_threat
 
@@ -43,7 +47,15 @@ class Loaded:
 
 
 def open_model(model: Model, *, batch_size: int | None = None, device: str = "cpu", name: str | None = None, **options: Any) -> Loaded:
-    """A victim from anything that can be one; `options` are those of `epsball.load_model` and need a source."""
+    """A victim from anything that can be one; `options` are those of `epsball.load_model` and need a source.
+
+    A victim that is given is copied, so that the run's batch size and name stay with the run.
+
+    Raises:
+        BadInput: a batch size below 1, weights that are not finite, whatever cannot be a model.
+    """
+    if batch_size is not None and (not isinstance(batch_size, int) or batch_size < 1):
+        raise BadInput(f"batch_size: {batch_size!r}: must be None or a whole number above 0")
     if isinstance(model, str):
         adapted, notes = load_adapted(model, **options)
         adapted = adapted.to(device)
@@ -51,10 +63,12 @@ def open_model(model: Model, *, batch_size: int | None = None, device: str = "cp
         victim = wrap(adapted, box=(box[0], box[1]), batch_size=batch_size, name=name or _short(model))
         spec = ModelSpec.from_dict({"source": model, **{key: value for key, value in options.items() if value is not None}})
         return Loaded(victim, spec.to_dict(), tuple(f"{victim.name}: {note}" for note in notes))
-    victim = model if isinstance(model, Victim) else wrap(model, batch_size=batch_size, name=name)
-    if name:
-        victim.name = name
-    return Loaded(victim, {"source": f"python object {type(victim.model).__name__}"})
+    victim = copy.copy(model) if isinstance(model, Victim) else wrap(model, box=options.get("box", (0.0, 1.0)))
+    victim.name = name or victim.name
+    victim.batch_size = victim.fixed_batch or batch_size or victim.batch_size
+    if isinstance(victim.model, nn.Module):
+        check_finite([*victim.model.named_parameters(), *victim.model.named_buffers()], victim.name)
+    return Loaded(victim, {"source": f"python object {victim.name}"})
 
 
 def _short(source: str) -> str:
@@ -63,9 +77,13 @@ def _short(source: str) -> str:
 
 
 def open_data(data: Data, *, n: int | None, seed: int, box: tuple[float, float]) -> Dataset:
-    """A data set from a name, a path or a pair of arrays."""
+    """A data set from a name, a path or a pair of arrays; `n` samples of it, chosen by `seed`."""
     if isinstance(data, Dataset):
-        return data
+        if n is None or n >= len(data.x):
+            return data
+        rows = torch.from_numpy(subset(data.y.numpy(), n, seed))
+        note = f"{n} of {len(data.x)} samples, chosen by seed {seed}"
+        return replace(data, x=data.x[rows], y=data.y[rows], indices=data.indices[rows], notes=(*data.notes, note))
     if isinstance(data, str):
         return load_data(data, n=n, seed=seed, box=box)
     if not isinstance(data, tuple) or len(data) != 2:
@@ -73,22 +91,41 @@ def open_data(data: Data, *, n: int | None, seed: int, box: tuple[float, float])
     return from_arrays(data[0], data[1], n=n, seed=seed, box=box)
 
 
-def open_run(out: str | Path | None) -> Path:
+@contextmanager
+def open_run(out: str | Path | None) -> Iterator[Path]:
     """The folder of a new run, made and shown to be writable before anything is computed.
+
+    Where the run fails, folders that were made for it and are still empty go away again.
 
     Raises:
         BadInput: it cannot be made or written.
     """
     now = datetime.datetime.now().strftime("%Y-%m-%d-%H%M%S")
     folder = Path(out) if out is not None else Path("runs") / f"{now}-{secrets.token_hex(2)}"
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
         probe = folder / f".writable-{secrets.token_hex(4)}"
         probe.touch()
         probe.unlink()
-    except OSError as error:
-        raise BadInput(f"out '{folder}': cannot be written ({error.strerror}): choose another folder") from error
-    return folder
+    except (OSError, ValueError) as error:
+        _remove_empty(made)
+        said = getattr(error, "strerror", None) or error
+        raise BadInput(f"out '{folder}': cannot be written ({said}): choose another folder") from error
+    try:
+        yield folder
+    except BaseException:
+        _remove_empty(made)
+        raise
+
+
+def _remove_empty(folders: Iterable[Path]) -> None:
+    """Innermost first; stops at the first that holds anything."""
+    for folder in folders:
+        try:
+            folder.rmdir()
+        except (OSError, ValueError):
+            return
 
 
 def versions() -> dict[str, str]:
@@ -112,6 +149,7 @@ def audit(
     n: int | None = None,
     out: str | Path | None = None,
     batch_size: int | None = None,
+    drop: bool = True,
     progress: Progress | None = None,
     command: str = "",
 ) -> Report:
@@ -124,7 +162,8 @@ def audit(
         threats: as "linf:2/255,8/255" or "l2:0.5"; None takes the field's usual ones for the shape of the input.
         effort: fast, default or max. seed: of everything random. n: at most so many samples, spread over the classes.
         out: folder of the run; None makes a new one under runs/.
-        batch_size: most rows per call. progress: who listens. command: recorded in the report.
+        batch_size: most rows per call. drop: stop working on a sample once it is broken; no verdict depends on it.
+        progress: who listens. command: recorded in the report.
 
     Returns:
         The report; `report.robust_accuracy["linf", 8/255]` has .value, .low, .high, .certified, .flags, .forwards and .backwards.
@@ -136,59 +175,80 @@ def audit(
     if effort not in EFFORTS:
         raise BadInput(f"effort '{effort}': unknown: use one of {', '.join(EFFORTS)}")
     chosen: Mapping[str, Model] = dict.fromkeys(DIGITS, "") if model is None else model if isinstance(model, Mapping) else {"": model}
-    loaded = [open_model(m or name, batch_size=batch_size, name=name or None) for name, m in chosen.items()]
-    return audit_loaded(
-        loaded, data, threats, effort=effort, seed=seed, n=n, out=out, batch_size=batch_size, progress=progress, command=command
-    )
+    if not chosen:
+        raise BadInput("model: an empty mapping: give at least one model")
+    with torch.inference_mode(False):  # a caller in inference mode would leave attacks without gradients
+        loaded = [open_model(m or name, batch_size=batch_size, name=name or None) for name, m in chosen.items()]
+        dataset = open_data(data, n=n, seed=seed, box=_numbers(loaded[0].victim))
+        return audit_loaded(
+            loaded,
+            dataset,
+            threats,
+            effort=effort,
+            seed=seed,
+            out=out,
+            batch_size=batch_size,
+            drop=drop,
+            progress=progress,
+            command=command,
+        )
 
 
 def audit_loaded(
     loaded: Sequence[Loaded],
-    data: Data,
+    dataset: Dataset,
     threats: Sequence[str] | str | None,
     *,
     effort: str,
     seed: int,
-    n: int | None,
     out: str | Path | None,
     batch_size: int | None,
     progress: Progress | None,
     command: str,
-    dataset: Dataset | None = None,
+    drop: bool = True,
 ) -> Report:
-    """`audit` for models that are open already."""
+    """`audit` for models and data that are open already."""
     started, clock = datetime.datetime.now(datetime.UTC), time.perf_counter()
-    box = _numbers(loaded[0].victim)
-    dataset = dataset or open_data(data, n=n, seed=seed, box=box)
-    texts = [threats] if isinstance(threats, str) else list(threats or default_threats(tuple(dataset.x.shape[1:]), box[1] - box[0]))
-    plan = Plan(tuple(parse_threat(text) for text in texts), effort, seed)
+    texts = _texts(threats, dataset, _numbers(loaded[0].victim))
+    plan = Plan(tuple(parse_threat(text) for text in texts), effort, seed, drop)
     _distinct([spec.name for spec in plan.threats])
-    folder = open_run(out)
     subjects = [_subject(one, dataset, batch_size) for one in loaded]
     settings = {"threats": " ".join(texts), "effort": effort, "seed": str(seed), "n": str(len(dataset.x)), "batch_size": str(batch_size)}
     header = {"seed": seed, "settings": settings, "versions": versions()}
-    done = audit_subjects(subjects, plan, folder / evidence.NAME, header, progress)
-    result = Report(
-        models=done.models,
-        seed=seed,
-        effort=effort,
-        versions=versions(),
-        run=str(folder),
-        command=command,
-        settings=settings,
-        started=started.isoformat(timespec="seconds"),
-        seconds=time.perf_counter() - clock,
-        partial=done.partial,
-        notes=[*dataset.notes, *(note for one in loaded for note in one.notes)],
-    )
-    report.write_json(result, folder / "report.json")
-    report.write(result, folder / evidence.NAME, folder / "report.html")
+    with open_run(out) as folder:
+        done = audit_subjects(subjects, plan, folder / evidence.NAME, header, progress)
+        result = Report(
+            models=done.models,
+            seed=seed,
+            effort=effort,
+            versions=versions(),
+            run=str(folder),
+            command=command,
+            settings=settings,
+            started=started.isoformat(timespec="seconds"),
+            seconds=time.perf_counter() - clock,
+            partial=done.partial,
+            notes=[*dataset.notes, *(note for one in loaded for note in one.notes)],
+        )
+        report.write_json(result, folder / "report.json")
+        report.write(result, folder / evidence.NAME, folder / "report.html")
     return result
 
 
 def _numbers(victim: Victim) -> tuple[float, float]:
     low, high = (torch.as_tensor(bound) for bound in victim.box)
     return float(low.min()), float(high.max())
+
+
+def _texts(threats: Sequence[str] | str | None, data: Dataset, box: tuple[float, float]) -> list[str]:
+    """Threat strings as given, or the usual ones."""
+    if isinstance(threats, str):
+        return [threats]
+    texts = list(threats or default_threats(tuple(data.x.shape[1:]), box[1] - box[0]))
+    for text in texts:
+        if not isinstance(text, str):
+            raise BadInput(f"threats: {text!r} is no threat string: write it as 'linf:8/255,0.1'")
+    return texts
 
 
 def _distinct(names: Iterable[str]) -> None:
@@ -232,20 +292,26 @@ def verify(run: str | Path, models: Sequence[Model] | None = None) -> list[Line]
     folder = Path(run)
     arrays, header = evidence.read(folder / evidence.NAME)
     claimed = report.read_json(folder / "report.json")
+    stored = header.get("models", []) if isinstance(header, dict) else []
+    if len(stored) != len(claimed.models):
+        raise BadInput(f"run '{folder}': {len(claimed.models)} models in report.json, {len(stored)} in the evidence: not of one run")
+    if models is not None and len(models) != len(stored):
+        raise BadInput(f"model: {len(models)} given, the run has {len(stored)}: give each one once, in the order of the report")
     lines = []
-    for number, settings in enumerate(header["models"]):
-        victim = _again(settings, None if models is None else models[number])
-        told = claimed.models[number]
-        claims = {(r.threat, r.radius_text): r.robust_accuracy.count for r in told.results} | {("clean", ""): told.clean_accuracy.count}
-        lines += check_model(number, arrays, header, victim, claims)
+    for number, (settings, told) in enumerate(zip(stored, claimed.models, strict=True)):
+        with torch.inference_mode(False):
+            victim = _again(settings, None if models is None else models[number])
+            lines += check_model(number, arrays, settings, victim, told)
     return lines
 
 
 def _again(settings: Mapping[str, Any], model: Model | None) -> Victim:
-    if model is not None:
-        return open_model(model, name=settings["name"]).victim
+    """The model of a run: as the run loaded it, or `model`, read with the run's own options."""
     spec = dict(settings["spec"])
-    if str(spec.get("source", "python object")).startswith("python object"):
+    options: dict[str, Any] = {"box": tuple(settings["box"])}
+    if not str(spec.get("source", "python object")).startswith("python object"):
+        options = {key: value for key, value in ModelSpec.from_dict(spec).to_dict().items() if key != "source"}
+        model = spec["source"] if model is None else model
+    if model is None:
         raise BadInput(f"model '{settings['name']}': was a Python object: give it again, epsball.verify(run, [model]) or --model")
-    options = {key: value for key, value in ModelSpec.from_dict(spec).to_dict().items() if key != "source"}
-    return open_model(spec["source"], name=settings["name"], **options).victim
+    return open_model(model, name=settings["name"], **options).victim

@@ -50,9 +50,9 @@ def planned_rows(sheet: Sheet, effort: str) -> int:
     return int(sheet.correct.sum()) * max(per_sample, 1)
 
 
-def cascade(sheet: Sheet, referee: Referee, effort: str, seed: int, progress: Progress) -> None:
+def cascade(sheet: Sheet, referee: Referee, effort: str, seed: int, drop: bool, progress: Progress) -> None:
     """Fills the sheet. Interrupting it anywhere leaves a valid sheet: samples not yet attacked stand."""
-    total, behind = planned_rows(sheet, effort), 0.0
+    total, behind = max(planned_rows(sheet, effort), 1), 0.0
     correct = int(sheet.correct.sum())
     for current in sheet.rounds:
         started = time.perf_counter()
@@ -63,7 +63,7 @@ def cascade(sheet: Sheet, referee: Referee, effort: str, seed: int, progress: Pr
                     tick = Tick(sheet.subject.victim.name, current.threat, current.text, stage.attack.name, left, share)  # noqa: B023
                     progress(tick)
 
-                attack_round(sheet, referee, current, stage.attack, seed, watch)
+                attack_round(sheet, referee, current, stage.attack, seed, drop, watch)
                 behind += stage.rows * correct
             losses_agree(sheet, current, seed)
             current.finished = True
@@ -72,7 +72,7 @@ def cascade(sheet: Sheet, referee: Referee, effort: str, seed: int, progress: Pr
 
 
 def attack_round(
-    sheet: Sheet, referee: Referee, current: Round, attack: AttackLike, seed: int, watch: Callable[[int, int, int], None]
+    sheet: Sheet, referee: Referee, current: Round, attack: AttackLike, seed: int, drop: bool, watch: Callable[[int, int, int], None]
 ) -> None:
     """One attack on the samples still standing; only what the referee confirms is entered."""
     rows = sheet.standing(current.threat, current.radius).nonzero().squeeze(1)
@@ -80,18 +80,19 @@ def attack_round(
         return
     started, subject, hits = time.perf_counter(), sheet.subject, sheet.hits[current.threat]
     x, goal = subject.x[rows], subject.goal.take(rows)
-    outcome = attack(subject.victim, x, goal, current.radius, seed, clean=sheet.clean[rows], watch=watch)
-    hits.invalid[rows] |= outcome.flags["invalid"].cpu()
+    outcome = attack(subject.victim, x, goal, current.radius, seed, clean=sheet.clean[rows], drop=drop, watch=watch)
+    met = rows[outcome.flags["invalid"].cpu()]
+    hits.invalid[met] = hits.invalid[met].clamp(max=current.radius)
     claimed = outcome.reached.cpu().nonzero().squeeze(1)
     broken = rows[:0]
     if len(claimed):
         x_adv = outcome.x_adv.cpu()[claimed]
         ruling = referee.judge(x[claimed], x_adv, goal.take(claimed), current.threat, current.radius)
         broken = rows[claimed][ruling.broken]
-        hits.radius[broken] = current.radius
         hits.x_adv[broken] = x_adv[ruling.broken]
         hits.size[broken] = ruling.size[ruling.broken]
         hits.predicted[broken] = ruling.predicted[ruling.broken]
+        hits.radius[broken] = current.radius  # last: an interrupt before this line leaves these samples standing
     current.attacks.append(_row(attack.name, repr(attack), len(rows), len(broken), outcome, time.perf_counter() - started))
 
 
@@ -146,5 +147,6 @@ def eight_bit(sheet: Sheet, referee: Referee) -> None:
         rows = torch.isfinite(hits.radius).nonzero().squeeze(1)
         if len(rows):
             rounded = (hits.x_adv[rows] * 255).round() / 255
-            kept[rows] = sheet.subject.goal.take(rows).reached(referee.outputs(rounded))
+            goal = sheet.subject.goal.take(rows)
+            kept[rows] = goal.reached(referee.outputs(rounded, goal))
         sheet.rounded[threat] = kept

@@ -62,9 +62,11 @@ def default_threats(shape: tuple[int, ...], width: float) -> list[str]:
     """
     if len(shape) == 3 and shape[0] == 1 and shape[1] <= 64:
         big = shape[1] >= 20
-        return [scale_text("linf", ("0.1", "0.2", "0.3") if big else ("0.05", "0.1", "0.2"), width), "l2:1,2" if big else "l2:0.5,1"]
+        linf, l2 = (("0.1", "0.2", "0.3"), ("1", "2")) if big else (("0.05", "0.1", "0.2"), ("0.5", "1"))
+        return [scale_text("linf", linf, width), scale_text("l2", l2, width)]
     if len(shape) == 3:
-        return [scale_text("linf", ("2/255", "4/255", "8/255"), width), "l2:0.25,0.5" if shape[1] <= 64 else "l2:1,3"]
+        l2 = ("0.25", "0.5") if shape[1] <= 64 else ("1", "3")
+        return [scale_text("linf", ("2/255", "4/255", "8/255"), width), scale_text("l2", l2, width)]
     return [scale_text("linf", ("0.01", "0.05", "0.1"), width)]
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from epsball.auditing.results import Finding
 from epsball.auditing.statistics import mcnemar
 from epsball.core import Goal, Key, Objective, Problem, Tally, Untargeted, Victim, as_goal, autograd, content_ids, valid
-from epsball.errors import AccessDenied, BadInput
+from epsball.errors import BadInput, EpsballError
 from epsball.objectives import cross_entropy, margin
 from epsball.threats import Linf
 
@@ -55,9 +55,26 @@ def classes_fit(y: Tensor, output: Tensor) -> None:
 
 
 def look(victim: Victim, x: Tensor, y: Tensor) -> Bench:
-    """Takes the first samples (the caller has put them in random order) and asks once."""
+    """Takes the first samples (the caller has put them in random order) and asks once.
+
+    Raises:
+        BadInput: the model raises or changes its input, or its answers do not fit the labels.
+    """
     part = x[:SAMPLE].to(victim.device)
-    output = victim.outputs(part, Tally.zeros(len(part)))
+    untouched = part.clone()
+    try:
+        output = victim.outputs(part, Tally.zeros(len(part)))
+    except EpsballError:
+        raise
+    except Exception as error:  # a model that does not fit the data can raise anything
+        said = " ".join(str(error).split())[:160] or "no message"
+        raise BadInput(
+            f"model '{victim.name}': raised {type(error).__name__} ({said}) for inputs of shape {tuple(part.shape)}: "
+            "check that model, data and layout belong together"
+        ) from error
+    if not torch.equal(part, untouched):
+        # What attacks found would be overwritten while it is judged, and so would the caller's data.
+        raise BadInput(f"model '{victim.name}': changes its input in place: write x = x - mean instead of x -= mean, or clone x first")
     classes_fit(y, output)
     return Bench(victim, part, as_goal(y[:SAMPLE].to(victim.device)), output)
 
@@ -73,7 +90,9 @@ def are_probabilities(output: Tensor) -> bool:
 def answers(bench: Bench) -> Iterator[Finding]:
     """Finite scores, and more than one class ever answered."""
     bad = int((~valid(bench.output)).sum())
-    if bad:
+    if bad == len(bench.x):
+        yield Finding(id="finite", status="block", message=f"All {bad} outputs looked at are NaN or infinite.")
+    elif bad:
         yield Finding(
             id="finite",
             status="warn",
@@ -89,17 +108,14 @@ def answers(bench: Bench) -> Iterator[Finding]:
             and bool((given == given[0]).all())
             and bool((bench.goal.labels != bench.goal.labels[0]).any())
         ):
-            message = (
-                f"The model answers class {int(given[0])} for all {len(given)} samples looked at: check weights, input scaling and labels."
-            )
+            message = f"The model answers class {int(given[0])} for all {len(given)} samples looked at."
             yield Finding(id="constant", status="block", message=message)
 
 
 def repeats(bench: Bench) -> Iterator[Finding]:
     """The same question gets the same answer, four times."""
     others = [bench.ask(bench.x) for _ in range(4)]
-    scale = bench.output.nan_to_num().abs().amax().clamp(min=1e-12)
-    worst = max(float((o - bench.output).nan_to_num().abs().amax() / scale) for o in others)
+    worst = max(_apart(bench.output, o) for o in others)
     flips = sum(int((o.argmax(1) != bench.output.argmax(1)).sum()) for o in others)
     if worst > 1e-4 or flips:
         message = (
@@ -116,8 +132,7 @@ def independent(bench: Bench) -> Iterator[Finding]:
     part = bench.x[:32]
     together = bench.ask(part)
     alone = torch.cat([bench.ask(part[i : i + 1]) for i in range(len(part))])
-    scale = together.nan_to_num().abs().amax().clamp(min=1e-12)
-    worst = float((together - alone).nan_to_num().abs().amax() / scale)
+    worst = _apart(together, alone)
     if worst > 1e-3:
         message = (
             f"Answers depend on the batch: alone or in a batch of {len(part)}, "
@@ -126,6 +141,24 @@ def independent(bench: Bench) -> Iterator[Finding]:
         yield Finding(id="batch", status="block", message=message)
     else:
         yield Finding(id="batch", status="pass", message="Answers do not depend on the batch.")
+
+
+def _apart(first: Tensor, second: Tensor) -> float:
+    """Largest difference of two answers as a share of the largest score; what is not finite is another check's business."""
+    a, b = (t.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0) for t in (first, second))
+    return float((a - b).abs().amax() / a.abs().amax().clamp(min=1e-12))
+
+
+def steady(bench: Bench, before: str) -> Iterator[Finding]:
+    """Neither chance nor history nor neighbors change an answer. Each cause is named once: what the first explains is not held
+    against the model again."""
+    again, trace = [*repeats(bench)], [*still(bench, before)]
+    changes = again[0].status == "block"
+    if not (changes and trace[0].status == "block"):
+        yield from again
+    if not changes:
+        yield from independent(bench)
+    yield from trace
 
 
 def still(bench: Bench, before: str) -> Iterator[Finding]:
@@ -146,15 +179,16 @@ def scaled(bench: Bench, adapter_stats: tuple[Tensor, Tensor] | None) -> Iterato
     Compared with x * 255, 2x - 1, standardized x and, where a normalization was declared, with x without it. A gain of 10
     points that exact McNemar calls significant (p < 0.001) blocks.
     """
-    if not isinstance(bench.goal, Untargeted) or len(bench.x) < 32:
+    fine = valid(bench.output)  # where the model gives no answer, another scale giving one proves nothing
+    if not isinstance(bench.goal, Untargeted) or int(fine.sum()) < 32:
         return
-    x, labels = bench.x, bench.goal.labels
+    x, labels = bench.x[fine], bench.goal.labels[fine]
     axes = (0, 2, 3) if x.ndim == 4 else 0
     mean, std = x.mean(axes, keepdim=True), x.std(axes, keepdim=True).clamp(min=1e-3)
     ways = {"multiplied by 255": x * 255, "scaled to [-1, 1]": 2 * x - 1, "standardized by their own mean and deviation": (x - mean) / std}
     if adapter_stats is not None:
         ways["without the declared mean and std"] = x * adapter_stats[1] + adapter_stats[0]
-    right = bench.output.argmax(1) == labels
+    right = bench.output[fine].argmax(1) == labels
     for words, inputs in ways.items():
         other = bench.ask(inputs).argmax(1) == labels
         gain, loss = int((other & ~right).sum()), int((right & ~other).sum())
@@ -182,7 +216,7 @@ def alive(bench: Bench, seed: int) -> Iterator[Finding]:
         for point in (x, (x + shift.to(x.dtype)).clamp(low, high)):
             try:
                 gradient = _gradient(victim, point, goal, objective)
-            except (RuntimeError, AccessDenied):  # an in-place step, a custom function without backward, integers: no gradient is to be had
+            except Exception:  # an in-place step, a backward that raises, integers, denied access: no gradient is to be had
                 gradient = torch.zeros_like(point)
             sick = ~(torch.isfinite(gradient).flatten(1).all(1) & (gradient.flatten(1).abs().amax(1) > 0))
             dead[name] = max(dead[name], int(sick.sum()))
@@ -239,6 +273,6 @@ def preflight(victim: Victim, x: Tensor, y: Tensor, *, seed: int = 0, normalizat
     with victim:
         before = fingerprint(victim.model)
         bench = look(victim, x, y)
-        findings = [*answers(bench), *repeats(bench), *independent(bench), *still(bench, before)]
+        findings = [*answers(bench), *steady(bench, before)]
         findings += [*scaled(bench, normalization), *alive(bench, seed)]
     return findings

@@ -14,12 +14,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from epsball.core import Goal, Tally, Victim, valid
+from epsball.core import Goal, LabelsChanged, Tally, Victim, valid
 
 Array = np.ndarray[Any, Any]
 
 THIN = 1e-4
-"""Verdicts whose top two scores differ by less than this share of the largest score are judged again in float64."""
+"""Verdicts that hang on a difference of less than this share of the largest score are judged again in float64."""
 
 
 def distance(x: Array, x_adv: Array, threat: str) -> Array:
@@ -73,19 +73,22 @@ class Referee:
         )
         self.rows = 0
 
-    def outputs(self, x: Tensor) -> Tensor:
-        """(B, C) fresh answers; thin ones come from a float64 copy of the model."""
-        output = self._ask(self.victim, x)
-        top = output.topk(min(2, output.shape[1]), dim=1).values
-        gap = (top[:, 0] - top[:, -1]).abs() if output.shape[1] > 1 else output[:, 0].abs()
+    def outputs(self, x: Tensor, goal: Goal) -> Tensor:
+        """(B, C) fresh answers, float64; thin ones, as `goal` reads them, come from a float64 copy of the model."""
+        # Rounding thin answers back to float32 would make ties of them, and ties belong to the first class.
+        output = self._ask(self.victim, x).double()
+        if isinstance(goal, LabelsChanged) or output.shape[1] < 2:
+            gap = output.abs().amin(1)
+        else:
+            gap = output.topk(2, dim=1).values.diff(dim=1).abs().squeeze(1)
         thin = (valid(output) & (gap < THIN * output.abs().amax(1).clamp(min=1e-12))).nonzero().squeeze(1)
         if len(thin) and isinstance(self.victim.model, nn.Module) and self.victim.fixed_batch is None:
-            output[thin] = self._exact(x[thin]).to(output.dtype)
+            output[thin] = self._exact(x[thin]).double()
         return output
 
     def judge(self, x: Tensor, x_adv: Tensor, goal: Goal, threat: str, radius: float | Tensor) -> Ruling:
         """Rules on stored inputs (B, ...), all on the CPU, under one threat; `radius` is one number or (B,) float64."""
-        output = self.outputs(x_adv)
+        output = self.outputs(x_adv, goal)
         size = torch.from_numpy(distance(x.numpy(), x_adv.numpy(), threat))
         low, high = self.victim.box
         inside = ((x_adv >= low) & (x_adv <= high)).flatten(1).all(1)

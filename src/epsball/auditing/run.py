@@ -50,11 +50,15 @@ class Silent:
 
 @dataclass(frozen=True)
 class Plan:
-    """What is asked of every subject."""
+    """What is asked of every subject.
+
+    `drop` takes samples out of an attack once they are broken; off, it only costs more: no verdict depends on it.
+    """
 
     threats: tuple[ThreatSpec, ...]
     effort: str = "default"
     seed: int = 0
+    drop: bool = True
 
 
 @dataclass(frozen=True)
@@ -86,7 +90,7 @@ def prepare(subject: Subject, plan: Plan) -> tuple[Sheet, Referee]:
         BadInput: the model cannot be asked or scored at all, in one line.
     """
     victim, findings = subject.victim, []
-    if isinstance(victim.model, nn.Module) and any(module.training for module in victim.model.modules()):
+    if in_training(victim.model):
         message = "The model arrived in training mode; it is audited in eval mode and put back afterwards."
         findings.append(Finding(id="eval-mode", status="mended", message=message))
     # The order of content hashes: a random sample for the checks, whatever the order of the data.
@@ -107,8 +111,14 @@ def prepare(subject: Subject, plan: Plan) -> tuple[Sheet, Referee]:
     referee = Referee(victim)
     findings += preflight(victim, subject.x[chosen], subject.y[chosen], seed=plan.seed, normalization=subject.normalization)
     refuse(findings, victim.name)
-    clean = referee.outputs(subject.x)
+    clean = referee.outputs(subject.x, subject.goal)
     return Sheet.start(subject, clean, findings, plan.threats), referee
+
+
+def in_training(model: object) -> bool:
+    """Any submodule of the user's is in training mode; epsball's own wrappers are born in it and mean nothing by it."""
+    modules = model.modules() if isinstance(model, nn.Module) else ()
+    return any(module.training for module in modules if not type(module).__module__.startswith("epsball."))
 
 
 def refuse(findings: Sequence[Finding], name: str) -> None:
@@ -117,9 +127,10 @@ def refuse(findings: Sequence[Finding], name: str) -> None:
     Raises:
         Refused: the finding and its fix, in one line.
     """
-    for finding in findings:
-        if finding.status == "block" and finding.id in ("scaling", "constant"):
-            raise Refused(f"model '{name}': {finding.message} {FIXES[finding.id]}")
+    blocks = {finding.id: finding for finding in findings if finding.status == "block"}
+    for cause in ("scaling", "finite", "constant"):  # wrong scaling explains a constant answer, not the other way around
+        if cause in blocks:
+            raise Refused(f"model '{name}': {blocks[cause].message} {FIXES[cause]}")
 
 
 def seconds_per_row(sheet: Sheet) -> float:
@@ -152,7 +163,8 @@ def confirm(sheets: Sequence[tuple[Sheet, Referee]], path: Path, header: dict[st
             if len(lost):
                 message = f"{len(lost)} adversarial inputs under {threat} were not confirmed when read back from disk; they do not count."
                 sheet.findings.append(Finding(id="unconfirmed", status="block", message=message))
-        if sheet.subject.x.ndim >= 3 and sheet.subject.victim.box == (0.0, 1.0):
+        low, high = (torch.as_tensor(bound) for bound in sheet.subject.victim.box)
+        if sheet.subject.x.ndim >= 3 and bool((low == 0).all()) and bool((high == 1).all()):
             eight_bit(sheet, referee)
     if revoked:
         _store(sheets, path, header)
@@ -163,7 +175,8 @@ def _store(sheets: Sequence[tuple[Sheet, Referee]], path: Path, header: dict[str
     models = []
     for number, (sheet, _) in enumerate(sheets):
         arrays |= sheet.arrays(f"m{number}")
-        box = [float(torch.as_tensor(bound).min()) for bound in sheet.subject.victim.box]
+        low, high = (torch.as_tensor(bound) for bound in sheet.subject.victim.box)
+        box = [float(low.min()), float(high.max())]
         rounds = [{"threat": r.threat, "radius": r.radius, "text": r.text} for r in sheet.rounds]
         models.append({"name": sheet.subject.victim.name, "spec": dict(sheet.subject.source), "box": box, "rounds": rounds})
     evidence.write(path, arrays, {**header, "format": FORMAT, "models": models})
@@ -190,7 +203,7 @@ def audit_subjects(
         sheets.extend(prepare(subject, plan) for subject in subjects)
         progress.estimate(sum(planned_rows(sheet, plan.effort) * seconds_per_row(sheet) for sheet, _ in sheets))
         for number, (sheet, referee) in enumerate(sheets):
-            cascade(sheet, referee, plan.effort, plan.seed, _Part(progress, number, len(sheets)).tick)
+            cascade(sheet, referee, plan.effort, plan.seed, plan.drop, _Part(progress, number, len(sheets)).tick)
     except KeyboardInterrupt:
         partial = True
         if not sheets:

@@ -43,7 +43,7 @@ class Subject:
     @property
     def order(self) -> Tensor:
         """(N,) the samples in the order of their content hashes: random, but the same however the data is sorted."""
-        return content_ids(self.x).argsort()
+        return content_ids(self.x).argsort(stable=True)
 
 
 @dataclass
@@ -52,7 +52,8 @@ class Hits:
 
     Attributes:
         radius: (N,) float64, infinite where the sample stands. x_adv: (N, ...), the clean input where it stands.
-        size: (N,) float64. predicted: (N,) class answered. invalid: (N,) the search met a NaN or infinite answer.
+        size: (N,) float64. predicted: (N,) class answered. invalid: (N,) float64, the smallest radius at which the search
+            met a NaN or infinite answer; infinite where it met none.
     """
 
     radius: Tensor
@@ -70,7 +71,7 @@ class Hits:
             x_adv=x.clone(),
             size=torch.zeros(n, dtype=torch.float64),
             predicted=torch.full((n,), -1, dtype=torch.int64),
-            invalid=torch.zeros(n, dtype=torch.bool),
+            invalid=torch.full((n,), torch.inf, dtype=torch.float64),
         )
 
     def revoke(self, rows: Tensor) -> None:
@@ -119,6 +120,10 @@ class Sheet:
         """(N,) bool: correct, and not known to be broken within the radius."""
         return self.correct & (self.hits[threat].radius > radius)
 
+    def unsure(self, threat: str, radius: float) -> Tensor:
+        """(N,) bool: standing, but the model gave no finite answer somewhere within the radius."""
+        return self.standing(threat, radius) & (self.hits[threat].invalid <= radius)
+
     def arrays(self, prefix: str) -> Arrays:
         """The evidence of this model, as stored."""
         out: Arrays = {
@@ -130,5 +135,6 @@ class Sheet:
             rows = torch.isfinite(hits.radius).nonzero().squeeze(1)
             columns = {"x_adv": hits.x_adv, "radius": hits.radius, "size": hits.size, "predicted": hits.predicted}
             out[f"{prefix}/{threat}/rows"] = rows.numpy()
+            out[f"{prefix}/{threat}/invalid"] = hits.invalid.numpy()
             out |= {f"{prefix}/{threat}/{name}": column[rows].cpu().numpy() for name, column in columns.items()}
         return out

@@ -12,6 +12,7 @@ from epsball.core import valid
 
 FIXES = {
     "random": "Average over several draws or freeze the randomness; attacks that expect it (EOT) are needed.",
+    "finite": "Check weights and input scaling, and find the layer that overflows.",
     "batch": "Use stored statistics instead of batch statistics at test time.",
     "state": "Make the model's forward pass free of side effects in eval mode.",
     "scaling": "Declare the normalization the model was trained with: --mean and --std, or wrap(model, mean=..., std=...).",
@@ -55,8 +56,7 @@ def model_report(sheet: Sheet) -> ModelReport:
 
 def result(sheet: Sheet, current: Round, invalid: Tensor, blocked: bool) -> Result:
     """One threat at one radius."""
-    standing = sheet.standing(current.threat, current.radius).cpu()
-    unsure = standing & sheet.hits[current.threat].invalid
+    standing, unsure = sheet.standing(current.threat, current.radius), sheet.unsure(current.threat, current.radius)
     flags = list(current.flags)
     if not current.finished:
         message = "Interrupted before every attack had run: still an upper bound, but a weak one."

@@ -6,6 +6,8 @@ Tensors, for model number i (all little-endian safetensors, readable from any la
 - `m{i}/index` (N,) int64: position in the data source.
 - `m{i}/{threat}/rows` (K,) int64: rows of x that were broken; `x_adv` (K, ...) float32: how; `radius` (K,) float64: the
   smallest audited radius at which it was; `size` (K,) float64; `predicted` (K,) int64: the class answered.
+- `m{i}/{threat}/invalid` (N,) float64: the smallest audited radius at which the search met a NaN or infinite answer,
+  infinite where it met none. Such samples are not counted as robust.
 
 The header field `epsball` is a JSON object with the settings of the run.
 """
@@ -48,7 +50,10 @@ def write(path: Path, arrays: Arrays, header: dict[str, Any]) -> None:
 
 def atomic(path: Path, blob: bytes) -> None:
     """Replaces `path` by `blob` in one step that a crash cannot halve."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
+    try:
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
+    except OSError as error:
+        raise BadInput(f"file '{path}': cannot be written ({error.strerror}): choose another folder") from error
     try:
         with os.fdopen(handle, "wb") as file:
             file.write(blob)
@@ -56,6 +61,9 @@ def atomic(path: Path, blob: bytes) -> None:
             os.fsync(file.fileno())
         os.chmod(name, 0o644)
         os.replace(name, path)
+    except OSError as error:  # a full disk
+        Path(name).unlink(missing_ok=True)
+        raise BadInput(f"file '{path}': cannot be written ({error.strerror}): make room or choose another folder") from error
     except BaseException:
         Path(name).unlink(missing_ok=True)
         raise
