@@ -57,7 +57,7 @@ def _choose(labels: Any, count: int, n: int | None, seed: int) -> tuple[Rows, li
         return everything, []
     if n > count:
         return everything, [f"{n} samples were asked for, the data has {count}; all were taken"]
-    how = "spread evenly over the classes" if labels.ndim == 1 else "at random"
+    how = "each class in proportion" if labels.ndim == 1 else "at random"
     return subset(labels, n, seed), [f"{n} of {count} samples, {how}, chosen by seed {seed}"]
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib
 import json
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -140,13 +142,25 @@ def _open_hugging_face(datasets: Any, path: Path, split: str, cache: str) -> Any
     return datasets.load_dataset(kind, data_files=files, cache_dir=cache)
 
 
+@contextmanager
+def _no_progress(datasets: Any) -> Iterator[None]:
+    """Progress bars of ``datasets`` off, and back on afterwards if they were."""
+    were_off = datasets.are_progress_bars_disabled()
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        if not were_off:
+            datasets.enable_progress_bars()
+
+
 def hugging_face(place: str, split: str) -> Source:
     """A local file or folder through the ``datasets`` library (extra ``hf``): saved data sets, image folders, Parquet, Arrow."""
     path = Path(place)
     if not path.exists():
         raise BadInput(f"data: hf: reads local files only and {place!r} does not exist; download the data set and give its path")
     datasets = _library("datasets", "hf")
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as cache:
+    with _no_progress(datasets), tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as cache:
         try:
             found = _open_hugging_face(datasets, path, split, cache)
             if isinstance(found, dict):
