@@ -1,0 +1,198 @@
+"""Restarts, cascades, targets in turn: unions per sample, costs added, nothing lost."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from lawkit import answers, bench, check_legal, check_nested, check_replay, radius_of
+from torch import Tensor
+
+from epsball.attacks import Cascade, EveryTarget, Restarts, SmallestRadius, by_logit, get, malt
+from epsball.core import Key, Outcome, Targeted, as_goal, valid
+from epsball.errors import BadInput
+from epsball.objectives import dlr_targeted, margin
+from epsball.threats import Linf
+
+
+@dataclass(frozen=True)
+class Fake:
+    """Breaks the samples whose first feature is in `hits`, in the order of its calls; notes what it was asked."""
+
+    hits: tuple[tuple[float, ...], ...]
+    log: list[Any]
+    score: float = 1.0
+    name: str = "fake"
+    threat: Any = Linf()  # noqa: RUF009
+
+    def __call__(
+        self, model: Any, x: Tensor, goal: Any, radius: Any, seed: Any = 0, *, clean: Any = None, drop: bool = True, watch: Any = None
+    ) -> Outcome:
+        n, number = len(x), len(self.log)
+        self.log.append((x[:, 0].tolist(), as_goal(goal), seed, radius))
+        reached = (x[:, :1] == torch.tensor(self.hits[min(number, len(self.hits) - 1)], dtype=x.dtype)).any(1)
+        one = torch.ones(n, dtype=torch.int64)
+        score = torch.where(reached, 1.0, -1.0) * self.score
+        there = x + 0.01 * (number + 1)
+        known = {
+            "x_adv": there,
+            "z": there,
+            "reached": reached,
+            "size": torch.full((n,), 0.01 * (number + 1)).double(),
+            "score": score,
+            "queries": 2 * one,
+            "backwards": one,
+            "steps": 1,
+            "flags": {"invalid": ~valid(clean)},
+        }
+        return Outcome(**known)
+
+
+X = torch.tensor([[0.1, 0.5], [0.2, 0.5], [0.3, 0.5], [0.4, 0.5]])
+LABELS = torch.zeros(4, dtype=torch.int64)
+
+
+def model(x: Tensor) -> Tensor:
+    return torch.stack([torch.ones(len(x)), torch.zeros(len(x)), torch.full((len(x),), -1.0)], 1) * x.sum(1, keepdim=True)
+
+
+def heard(log: list[Any]) -> list[list[float]]:
+    return [[round(v, 1) for v in rows] for rows, *_ in log]
+
+
+def test_restarts_see_survivors_only_and_add_up() -> None:
+    log: list[Any] = []
+    whole = Restarts(Fake(((0.2,), (0.4,), ()), log), 3)(model, X, LABELS, 0.1)
+    assert heard(log) == [[0.1, 0.2, 0.3, 0.4], [0.1, 0.3, 0.4], [0.1, 0.3]]
+    assert whole.reached.tolist() == [False, True, False, True]
+    assert whole.queries.tolist() == [7, 3, 7, 5]
+    assert whole.backwards.tolist() == [3, 1, 3, 2]
+    assert torch.allclose(whole.x_adv[1], X[1] + 0.01)
+    assert torch.allclose(whole.x_adv[3], X[3] + 0.02)
+    assert torch.allclose(whole.x_adv[0], X[0] + 0.01), "the first failure of equal score stays"
+
+
+def test_without_dropping_all_are_asked_and_nothing_is_lost() -> None:
+    log: list[Any] = []
+    whole = Restarts(Fake(((0.2,), (0.4,), ()), log), 3)(model, X, LABELS, 0.1, drop=False)
+    assert heard(log) == [[0.1, 0.2, 0.3, 0.4]] * 3
+    assert whole.reached.tolist() == [False, True, False, True]
+    assert torch.allclose(whole.x_adv[1], X[1] + 0.01)
+    assert whole.queries.tolist() == [7] * 4
+
+
+def test_a_success_of_low_score_beats_a_failure_of_high_score() -> None:
+    log: list[Any] = []
+    first, second = Fake(((),), log, score=-50.0), Fake(((0.3,),), [], score=0.5)
+    whole = Cascade((first, second))(model, X, LABELS, 0.1)
+    assert whole.reached.tolist() == [False, False, True, False]
+    assert torch.allclose(whole.x_adv[2], X[2] + 0.01)
+
+
+def test_cascade_stops_when_nobody_stands() -> None:
+    logs: list[list[Any]] = [[], []]
+    whole = Cascade((Fake(((0.1, 0.2, 0.3, 0.4),), logs[0]), Fake(((),), logs[1])))(model, X, LABELS, 0.1)
+    assert bool(whole.reached.all())
+    assert logs[1] == []
+
+
+def test_cascade_passes_the_seed_and_the_radius() -> None:
+    log: list[Any] = []
+    radius = torch.tensor([0.1, 0.2, 0.3, 0.4], dtype=torch.float64)
+    Cascade((Fake(((0.2,),), log), Fake(((),), log)))(model, X, LABELS, radius, 7)
+    assert [entry[2] for entry in log] == [7, 7]
+    assert torch.equal(log[1][3], radius[[0, 2, 3]])
+
+
+def test_restarts_have_keys_of_their_own_and_the_first_is_the_plain_run() -> None:
+    log: list[Any] = []
+    Restarts(Fake(((),), log), 3)(model, X, LABELS, 0.1, 5)
+    keys = [Key.of(entry[2]) for entry in log]
+    assert keys[0] == Key.of(5)
+    assert len(set(keys)) == 3
+
+
+def test_every_target_goes_through_the_classes_in_order() -> None:
+    log: list[Any] = []
+    EveryTarget(Fake(((0.2,), ()), log), 9, by_logit)(model, X, LABELS, 0.1)
+    assert len(log) == 2, "two other classes, however many were asked for"
+    assert log[0][1].targets.tolist() == [1] * 4
+    assert log[1][1].targets.tolist() == [2] * 3
+    assert log[1][1].labels.tolist() == [0] * 3
+    assert heard(log)[1] == [0.1, 0.3, 0.4]
+    with pytest.raises(BadInput, match="target"):
+        EveryTarget(Fake(((),), []), 9, by_logit)(model, X, Targeted(LABELS + 1), 0.1)
+
+
+@pytest.mark.parametrize("count", [0, -1])
+def test_counts_below_one_are_refused(count: int) -> None:
+    for make in (
+        lambda: EveryTarget(Fake(((),), []), count, by_logit),
+        lambda: get("pgd", restarts=count),
+        lambda: get("apgd_t", targets=count),
+    ):
+        with pytest.raises(BadInput):
+            make()
+
+
+@pytest.mark.parametrize("combined", ["restarts", "cascade", "targets", "smallest"])
+def test_combinations_obey_the_laws(combined: str) -> None:
+    b = bench(4, n=16)
+    inner = get("pgd", steps=5)
+    attack = {
+        "restarts": Restarts(inner, 3),
+        "cascade": Cascade((get("fgsm"), inner, get("apgd", steps=5, objective="margin"))),
+        "targets": EveryTarget(get("apgd", steps=5, objective=dlr_targeted), 3, malt),
+        "smallest": SmallestRadius(get("pgd", steps=5, objective=margin), rounds=5),
+    }[combined]
+    whole = attack(b.model, b.x, b.labels, 0.1)
+    check_legal("linf", b.x, whole.x_adv, 0.1)
+    check_replay("linf", b.model, b.x, b.labels, whole)
+    assert torch.equal(whole.x_adv[b.wrong], b.x[b.wrong])
+    assert whole.queries[b.wrong].tolist() == [1] * int(b.wrong.sum())
+    known = attack(b.model, b.x, b.labels, 0.1, clean=answers(b.model, b.x))
+    assert torch.equal(known.queries, whole.queries - 1)
+    assert torch.equal(known.reached, whole.reached)
+    order = torch.tensor([3, 9, 3, 15, 1, 0, 7])
+    part = attack(b.model, b.x[order], b.labels[order], 0.1)
+    assert torch.equal(part.reached, whole.reached[order])
+    assert torch.allclose(part.x_adv, whole.x_adv[order], atol=1e-6)
+    if combined in ("restarts", "cascade"):
+        check_nested((inner if combined == "restarts" else get("fgsm"))(b.model, b.x, b.labels, 0.1), whole)
+
+
+def test_combinations_nest() -> None:
+    b = bench(4, n=16)
+    deep = Restarts(Cascade((get("fgsm"), Restarts(get("pgd", steps=3), 2))), 2)
+    whole = deep(b.model, b.x, b.labels, 0.1)
+    check_replay("linf", b.model, b.x, b.labels, whole)
+    check_nested(get("pgd", steps=3, restarts=2)(b.model, b.x, b.labels, 0.1), whole)
+    assert " at 0x" not in repr(deep)
+
+
+@pytest.mark.parametrize("threat", ["linf", "l2", "l1", "l0", "l0f"])
+def test_success_sets_are_nested_in_the_radius_when_united(threat: str) -> None:
+    """P5: what a smaller radius breaks, a larger one has broken too: the union over radii is what an audit reports."""
+    b = bench(4, n=16)
+    attack = get("pgd", threat=threat, steps=5)
+    broken = torch.zeros(16, dtype=torch.bool)
+    for share in (0.25, 0.5, 1.0, 2.0):
+        outcome = attack(b.model, b.x, b.labels, radius_of(threat) * share)
+        assert bool((outcome.size <= radius_of(threat) * share).all())
+        broken |= outcome.reached
+    last = attack(b.model, b.x, b.labels, radius_of(threat) * 2.0)
+    assert int(last.reached.sum()) >= 0.8 * int(broken.sum())
+
+
+def test_smallest_radius_sizes_shrink_with_rounds() -> None:
+    b = bench(4, n=16)
+    runs = [SmallestRadius(get("pgd", steps=8), rounds=r)(b.model, b.x, b.labels, 0.5) for r in (0, 2, 5, 8)]
+    for fewer, more in itertools.pairwise(runs):
+        assert torch.equal(fewer.reached, more.reached)
+        assert bool((more.size <= fewer.size).all())
+    assert float(runs[-1].size.sum()) < float(runs[0].size.sum())
+    none = SmallestRadius(get("pgd", steps=8), rounds=5)(b.model, b.x, b.labels)
+    assert bool(none.reached.all())

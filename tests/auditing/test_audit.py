@@ -1,0 +1,416 @@
+"""The audit from end to end: verdicts that depend on nothing they should not, closed forms, interrupts, honest books."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from planted import BinaryLinear, blobs, digits, linear, verdicts
+from torch import Tensor, nn
+
+import epsball as eb
+from epsball.auditing.cascade import Tick, cascade
+from epsball.auditing.plan import EFFORTS, default_threats, plan
+from epsball.auditing.results import Report
+from epsball.auditing.run import Plan, prepare
+from epsball.auditing.sheet import Subject
+from epsball.errors import BadInput
+from epsball.models import wrap
+from epsball.models.digits import load
+from epsball.store import evidence
+from epsball.threats import parse_threat
+
+THREATS = ("linf:0.05,0.1,0.2", "l2:0.5", "l0:4")
+
+
+def audited(tmp_path: Path, name: str = "run", **options: Any) -> Report:
+    settings: dict[str, Any] = {"model": "digits-standard", "data": digits(40), "threats": THREATS, "effort": "fast"} | options
+    return eb.audit(out=tmp_path / name, **settings)
+
+
+# Verdicts per sample.
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[int, float]]:
+    folder = tmp_path_factory.mktemp("reference")
+    audited(folder)
+    return {threat: verdicts(folder / "run", threat) for threat in ("linf", "l2", "l0")}
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, 128])
+def test_verdicts_do_not_depend_on_the_batch_size(batch_size: int, reference: dict[str, Any], tmp_path: Path) -> None:
+    audited(tmp_path, batch_size=batch_size)
+    assert {threat: verdicts(tmp_path / "run", threat) for threat in reference} == reference
+
+
+def test_verdicts_do_not_depend_on_the_order_of_the_data(reference: dict[str, Any], tmp_path: Path) -> None:
+    data = digits(40)
+    order = torch.randperm(40, generator=torch.Generator().manual_seed(1))
+    audited(tmp_path, data=(data.x[order], data.y[order]))
+    assert {threat: verdicts(tmp_path / "run", threat) for threat in reference} == reference
+
+
+def test_verdicts_do_not_depend_on_duplicates(reference: dict[str, Any], tmp_path: Path) -> None:
+    data = digits(40)
+    audited(tmp_path, data=(torch.cat([data.x, data.x[:25]]), torch.cat([data.y, data.y[:25]])))
+    assert {threat: verdicts(tmp_path / "run", threat) for threat in reference} == reference
+    arrays, _ = evidence.read(tmp_path / "run" / evidence.NAME)
+    for threat in reference:
+        rows = set(arrays[f"m0/{threat}/rows"].tolist())
+        assert {row + 40 for row in rows if row < 25} == {row for row in rows if row >= 40}
+
+
+def test_verdicts_do_not_depend_on_dropping(reference: dict[str, Any], tmp_path: Path) -> None:
+    audited(tmp_path, drop=False)
+    assert {threat: verdicts(tmp_path / "run", threat) for threat in reference} == reference
+
+
+def test_verdicts_do_not_depend_on_the_other_models_or_threats(reference: dict[str, Any], tmp_path: Path) -> None:
+    audited(tmp_path, model={"robust": "digits-robust", "standard": "digits-standard"}, threats="l2:0.5")
+    assert verdicts(tmp_path / "run", "l2", number=1) == reference["l2"]
+
+
+def test_successes_are_nested_in_the_radius(reference: dict[str, Any], tmp_path: Path) -> None:
+    report = audited(tmp_path)
+    counts = [report.robust_accuracy["linf", r].robust_accuracy.count for r in (0.05, 0.1, 0.2)]
+    assert counts == sorted(counts, reverse=True)
+    assert counts[0] > counts[-1]  # else there was nothing to nest
+    alone = audited(tmp_path, "alone", threats="linf:0.2")
+    assert alone.robust_accuracy["linf", 0.2].robust_accuracy.count >= counts[-1]
+
+
+def test_robust_accuracy_is_at_most_clean_accuracy_class_by_class(tmp_path: Path) -> None:
+    model = audited(tmp_path).models[0]
+    for result in model.results:
+        assert result.value <= model.clean_accuracy.value
+        for clean, robust in zip(model.clean_per_class, result.per_class, strict=True):
+            assert (clean.label, clean.rate.n) == (robust.label, robust.rate.n)
+            assert robust.rate.count <= clean.rate.count
+        assert sum(c.rate.count for c in result.per_class) == result.robust_accuracy.count
+        assert result.robust_accuracy.n == model.n == 40
+
+
+def test_samples_that_are_wrong_from_the_start_are_never_attacked(tmp_path: Path) -> None:
+    data = digits(40)
+    labels = data.y.clone()
+    labels[:15] = (labels[:15] + 1) % 10
+    wrong = load("digits-standard")(data.x).argmax(1) != labels
+    model = audited(tmp_path, data=(data.x, labels)).models[0]
+    assert model.clean_accuracy.count == int((~wrong).sum())
+    assert all(row.tried <= int((~wrong).sum()) for result in model.results for row in result.attacks)
+    arrays, _ = evidence.read(tmp_path / "run" / evidence.NAME)
+    for threat in ("linf", "l2", "l0"):
+        rows = torch.from_numpy(arrays[f"m0/{threat}/rows"])
+        assert len(rows)
+        assert not wrong[rows].any()
+
+
+def test_a_model_that_is_never_right_has_nothing_to_lose(tmp_path: Path) -> None:
+    data = digits(40)
+    labels = (load("digits-standard")(data.x).argmax(1) + 1) % 10
+    model = audited(tmp_path, data=(data.x, labels), threats="linf:0.1").models[0]
+    assert (model.clean_accuracy.count, model.results[0].robust_accuracy.count) == (0, 0)
+    assert model.results[0].forwards == 0
+
+
+def test_a_single_sample_can_be_audited(tmp_path: Path) -> None:
+    assert audited(tmp_path, data="digits", n=1, threats="linf:0.1").models[0].n == 1
+
+
+def test_n_is_obeyed_for_data_that_is_open_already(tmp_path: Path) -> None:
+    report = audited(tmp_path, data=digits(40), n=20, threats="linf:0.1")
+    assert report.models[0].n == 20
+    assert sorted(c.rate.n for c in report.models[0].clean_per_class) == [2] * 10
+
+
+# Closed forms.
+
+
+def worst_case(weight: Tensor, x: Tensor, sign: Tensor, radius: float, norm: str) -> Tensor:
+    """(N,) how far sign * (w x) can fall within the ball and [0, 1]: exact, feature by feature, in float64."""
+    slope = -sign[:, None] * weight.double()[None]
+    room = torch.where(slope > 0, 1 - x.double(), x.double())
+    gain = slope.abs()
+    if norm == "linf":
+        return (gain * room.clamp(max=radius)).sum(1)
+    if norm == "l1":
+        gains, order = gain.sort(1, descending=True)
+        spaces = room.gather(1, order)
+        left = (radius - (spaces.cumsum(1) - spaces)).clamp(min=0)
+        return (gains * torch.minimum(spaces, left)).sum(1)
+    low, high = torch.zeros(len(x), 1).double(), torch.full((len(x), 1), 1e6).double()
+    for _ in range(200):  # change = min(multiplier * gain, room); its length grows with the multiplier
+        middle = (low + high) / 2
+        short = torch.minimum(middle * gain, room).norm(dim=1, keepdim=True) <= radius
+        low, high = torch.where(short, middle, low), torch.where(short, high, middle)
+    return (gain * torch.minimum(low * gain, room)).sum(1)
+
+
+@pytest.mark.parametrize(("norm", "radii"), [("linf", (0.05, 0.1, 0.2)), ("l2", (0.18, 0.3, 0.45)), ("l1", (0.45, 0.8, 1.2))])
+def test_a_linear_model_is_audited_exactly(norm: str, radii: tuple[float, ...], tmp_path: Path) -> None:
+    x, y, weights = blobs(n=60, features=12)
+    weight = 3 * (weights[1] - weights[0])
+    model = BinaryLinear(weight, -float(weight.sum()) / 2)
+    sign = 2.0 * y.double() - 1
+    margin = sign * (x.double() @ model.layer.weight[0].detach().double() + model.layer.bias.detach().double())
+    report = audited(tmp_path, model=model, data=(x, y), threats=f"{norm}:{','.join(map(str, radii))}", effort="default")
+    counts = []
+    for radius in radii:
+        loss = worst_case(weight, x, sign, radius, norm)
+        assert ((margin - loss).abs() > 2e-3).all()  # no sample is too close to call
+        counts.append(int((margin > loss).sum()))
+        assert report.robust_accuracy[norm, radius].robust_accuracy.count == counts[-1]
+    assert len(set(counts)) == 3
+
+
+# Kinds of models and data.
+
+
+def test_three_classes_on_flat_inputs(tmp_path: Path) -> None:
+    x, y, weights = blobs(classes=3)
+    model = audited(tmp_path, model=linear(weights), data=(x, y), threats=("linf:0.05,0.2", "l0f:2")).models[0]
+    assert model.results[0].value > model.results[1].value
+    assert all(r.after_rounding is None for r in model.results)  # not an image
+    assert all(line.holds for line in eb.verify(tmp_path / "run", [linear(weights)]))
+
+
+def test_a_multi_label_model(tmp_path: Path) -> None:
+    x, y, weights = blobs(classes=4)
+    labels = torch.stack([y % 2, y // 2, torch.ones_like(y)], 1)
+    labels[0] = 1
+    heads = torch.stack(
+        [weights[1] + weights[3] - weights[0] - weights[2], weights[2] + weights[3] - weights[0] - weights[1], 0 * weights[0]]
+    )
+    net = linear(heads)
+    with torch.no_grad():
+        net[1].bias[2] = 5.0
+    report = audited(tmp_path, model=wrap(net, outputs="multilabel"), data=(x, labels), threats="linf:0.02,0.3")
+    clean = report.models[0].clean_accuracy
+    assert clean.count == int(((net(x) > 0) == (labels > 0)).all(1).sum()) > 10
+    near, far = report.models[0].results
+    assert near.robust_accuracy.count > far.robust_accuracy.count
+    assert near.per_class == []
+    assert near.trustworthy
+    assert all(line.holds for line in eb.verify(tmp_path / "run", [wrap(net, outputs="multilabel")]))
+
+
+def test_a_box_of_minus_one_to_one_scales_the_default_threats(tmp_path: Path) -> None:
+    data = digits(40)
+
+    class Shifted(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = load("digits-standard")
+
+        def forward(self, z: Tensor) -> Tensor:
+            return self.net((z + 1) / 2)
+
+    shifted = audited(tmp_path, "shifted", model=wrap(Shifted().eval(), box=(-1.0, 1.0)), data=(data.x * 2 - 1, data.y), threats=None)
+    plain = audited(tmp_path, "plain", data=(data.x, data.y), threats=None)
+    assert shifted.models[0].box == (-1.0, 1.0)
+    assert [(r.threat, r.radius) for r in shifted.models[0].results] == [(r.threat, 2 * r.radius) for r in plain.models[0].results]
+    for wide, narrow in zip(shifted.models[0].results, plain.models[0].results, strict=True):
+        assert abs(wide.robust_accuracy.count - narrow.robust_accuracy.count) <= 2
+    assert all(line.holds for line in eb.verify(tmp_path / "shifted", [Shifted().eval()]))
+
+
+@pytest.mark.parametrize("shape", [(1, 8, 8), (1, 28, 28), (3, 32, 32), (3, 224, 224), (20,)])
+def test_default_threats_are_proportional_to_the_box(shape: tuple[int, ...]) -> None:
+    one, two = ([parse_threat(text) for text in default_threats(shape, width)] for width in (1.0, 2.0))
+    assert [spec.name for spec in one] == [spec.name for spec in two]
+    assert [r for spec in two for r in spec.radii] == pytest.approx([2 * r for spec in one for r in spec.radii], rel=1e-5)
+
+
+@pytest.mark.parametrize("effort", EFFORTS)
+@pytest.mark.parametrize("threat", ["linf", "l2", "l1", "l0", "l0f"])
+def test_every_plan_begins_cheap_and_has_an_attack(effort: str, threat: str) -> None:
+    for classes, single in ((2, True), (3, True), (10, True), (1, False), (5, False)):
+        stages = plan(threat, effort, classes=classes, single_label=single, gradients=True)
+        assert stages[0].attack.name == "noise"
+        assert len(stages) >= 3
+        assert all(stage.rows > 0 and stage.attack.threat.name == threat for stage in stages)
+    assert [s.attack.name for s in plan(threat, effort, classes=10, single_label=True, gradients=False)] == ["noise"]
+
+
+def test_an_unknown_effort_is_one_line() -> None:
+    with pytest.raises(BadInput, match="effort 'huge'"):
+        eb.audit("digits-standard", effort="huge")
+
+
+# The books.
+
+
+class Counting(nn.Module):
+    """Counts the rows that go forward, and those whose gradient comes back. A copy has counts of its own."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net, self.forwards, self.backwards = net, 0, 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.forwards += len(x)
+        output: Tensor = self.net(x)
+        if output.requires_grad:
+            output.register_hook(self._back)
+        return output
+
+    def _back(self, gradient: Tensor) -> None:
+        self.backwards += len(gradient)
+
+
+@pytest.mark.parametrize("threat", ["linf:0.05,0.15", "l1:1", "l0:3"])
+@pytest.mark.parametrize("batch_size", [7, None])
+def test_the_rows_in_the_books_are_the_rows_that_the_attacks_asked(threat: str, batch_size: int | None) -> None:
+    """Exactly: every attack and check. Not in the books: preflight, clean outputs, the estimate of time, the referee."""
+    data, model = digits(40), Counting(load("digits-standard").eval()).eval()
+    specs = (parse_threat(threat),)
+    subject = Subject(wrap(model, batch_size=batch_size), data.x, data.y, data.indices, "digits", {})
+    sheet, referee = prepare(subject, Plan(specs, "fast"))
+    assert model.forwards > 0
+    model.forwards = model.backwards = 0
+    cascade(sheet, referee, "fast", 0, True, lambda _: None)
+    rows = [row for current in sheet.rounds for row in current.attacks]
+    assert model.forwards == sum(row.forwards for row in rows) > 0
+    assert model.backwards == sum(row.backwards for row in rows) > 0
+
+
+def test_all_rows_of_a_run_are_at_least_those_in_the_report(tmp_path: Path) -> None:
+    model = Counting(load("digits-standard").eval()).eval()
+    report = audited(tmp_path, model=model)
+    told = sum(r.forwards for r in report.models[0].results), sum(r.backwards for r in report.models[0].results)
+    assert told[0] <= model.forwards
+    assert told[1] <= model.backwards
+    for result in report.models[0].results:
+        assert (result.forwards, result.backwards) == (sum(a.forwards for a in result.attacks), sum(a.backwards for a in result.attacks))
+
+
+# Interrupts, and what is put back.
+
+
+class Impatient:
+    """Presses Ctrl-C at its `at`-th tick; 0 is the estimate."""
+
+    def __init__(self, at: int) -> None:
+        self.at, self.ticks = at, 0
+
+    def estimate(self, seconds: float) -> None:
+        assert seconds > 0
+        if self.at == 0:
+            raise KeyboardInterrupt
+
+    def tick(self, tick: Tick) -> None:
+        assert 0 <= tick.share <= 1
+        assert tick.standing > 0
+        self.ticks += 1
+        if self.ticks == self.at:
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("at", [0, 1, 9, 40, 120])
+def test_an_interrupt_leaves_a_partial_report_that_verifies(at: int, tmp_path: Path) -> None:
+    report = audited(tmp_path, model=None, threats=THREATS[:2], progress=Impatient(at))
+    run = tmp_path / "run"
+    assert report.partial
+    assert Report.model_validate_json((run / "report.json").read_bytes()) == report
+    assert (run / "report.html").read_text(encoding="utf8").startswith("<!")
+    unfinished = [r for m in report.models for r in m.results if "interrupted" in {f.id for f in r.flags}]
+    assert unfinished
+    assert not any(r.trustworthy for r in unfinished)
+    assert len(report.models) == 2
+    assert all(line.holds for line in eb.verify(run))
+
+
+def test_an_interrupted_run_never_says_more_than_a_whole_one(tmp_path: Path) -> None:
+    whole, part = audited(tmp_path, "whole"), audited(tmp_path, "part", progress=Impatient(60))
+    pairs = list(zip(whole.models[0].results, part.models[0].results, strict=True))
+    assert all(p.value >= w.value for w, p in pairs)
+    assert any(p.value > w.value for w, p in pairs)
+
+
+class Interrupting(nn.Module):
+    """Ctrl-C while the model computes, once, at its `at`-th call."""
+
+    calls = 0
+
+    def __init__(self, at: int) -> None:
+        super().__init__()
+        self.net, self.at = load("digits-standard"), at
+        type(self).calls = 0
+        self.eval()
+
+    def forward(self, x: Tensor) -> Tensor:
+        type(self).calls += 1
+        if type(self).calls == self.at:
+            raise KeyboardInterrupt
+        output: Tensor = self.net(x)
+        return output
+
+
+@pytest.mark.parametrize("at", [1, 4, 20])
+def test_an_interrupt_before_anything_is_known_leaves_nothing(at: int, tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        audited(tmp_path / "deep", model=Interrupting(at))
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("at", [70, 90, 130])
+def test_an_interrupt_inside_the_model_leaves_a_partial_report(at: int, tmp_path: Path) -> None:
+    model = Interrupting(at)
+    report = audited(tmp_path, model=model)
+    assert report.partial
+    assert all(line.holds for line in eb.verify(tmp_path / "run", [model]))
+
+
+@pytest.mark.parametrize("at", [None, 5, 90])
+def test_everything_is_put_back(at: int | None, tmp_path: Path) -> None:
+    net = Interrupting(at or 10**9)
+    net.train()
+    net.net[3].eval()
+    net.net[0].weight.requires_grad_(False)
+    before = [p.detach().clone() for p in net.parameters()]
+    modes, wanted = [m.training for m in net.modules()], [p.requires_grad for p in net.parameters()]
+    random.seed(1)
+    np.random.seed(2)  # noqa: NPY002
+    torch.manual_seed(3)
+    states = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state()  # type: ignore[index]  # noqa: NPY002
+    try:
+        audited(tmp_path, model=net)
+    except KeyboardInterrupt:
+        assert at == 5
+    assert [m.training for m in net.modules()] == modes
+    assert [p.requires_grad for p in net.parameters()] == wanted
+    assert all(p.grad is None and torch.equal(p, b) for p, b in zip(net.parameters(), before, strict=True))
+    assert random.getstate() == states[0]
+    assert np.random.get_state()[1].tolist() == states[1]  # type: ignore[index]  # noqa: NPY002
+    assert torch.equal(torch.get_rng_state(), states[2])
+
+
+def test_the_users_victim_keeps_its_name_and_batch_size(tmp_path: Path) -> None:
+    victim = wrap(load("digits-standard"), name="mine")
+    report = audited(tmp_path, model={"other": victim}, batch_size=7, threats="linf:0.1")
+    assert report.models[0].name == "other"
+    assert (victim.name, victim.batch_size) == ("mine", None)
+
+
+# Honest models, on enough samples for the checks to have their say.
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["digits-standard", "digits-robust"])
+def test_honest_models_are_trusted_under_every_threat(name: str, tmp_path: Path) -> None:
+    threats = ("linf:0.02,0.1,0.3", "l2:0.25,1", "l1:1,4", "l0:2,8", "l0f:4")
+    report = audited(tmp_path, model=name, data=digits(200), threats=threats, effort="default")
+    assert [f.id for r in report.models[0].results for f in r.flags] == []
+    assert all(r.trustworthy for r in report.models[0].results)
+
+
+def test_honest_models_are_trusted(tmp_path: Path) -> None:
+    report = audited(tmp_path, model=None, data=digits(), threats=("linf:0.1", "l2:0.5"))
+    assert all(r.trustworthy for m in report.models for r in m.results)
+    standard, robust = (m.robust_accuracy["linf", 0.1].value for m in report.models)
+    assert robust > standard + 0.2

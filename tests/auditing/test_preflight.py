@@ -1,0 +1,238 @@
+"""Planted models, each with one known fault: the preflight names exactly that, and nothing on honest models."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from planted import (
+    Around,
+    Remembering,
+    Stubborn,
+    batch_normed,
+    blobs,
+    digits,
+    linear,
+    nan_where_dark,
+    normalizing,
+    unusual,
+    without_gradient,
+)
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import epsball as eb
+from epsball.auditing.preflight import are_probabilities, preflight
+from epsball.auditing.results import ModelReport, Report
+from epsball.core import Victim
+from epsball.errors import BadInput, Refused
+from epsball.models import normalization
+
+
+def found(victim: Victim, x: Tensor | None = None, y: Tensor | None = None) -> dict[str, str]:
+    """Findings that did not simply pass."""
+    data = digits()
+    x, y = (data.x, data.y) if x is None or y is None else (x, y)
+    findings = preflight(victim, x, y, normalization=normalization(victim, x.ndim))
+    return {f.id: f.status for f in findings if f.status != "pass"}
+
+
+def audited(model: Any, tmp_path: Path, threats: str = "linf:0.1", data: Any = None, **options: Any) -> Report:
+    return eb.audit(model, data or digits(64), threats, effort="fast", out=tmp_path / "run", **options)
+
+
+def blocked(model: ModelReport) -> set[str]:
+    """Everything that takes the headline away."""
+    return {f.id for r in model.results for f in (*r.flags, *model.flags) if f.severity == "block"}
+
+
+CANARIES: dict[str, tuple[Callable[[], nn.Module], str]] = {
+    "random": (lambda: Around(lambda net, x: net(F.dropout(x, 0.2, training=True))), "random"),
+    "batch mean": (lambda: Around(lambda net, x: net(x - 0.5 * x.mean(0, keepdim=True))), "batch"),
+    "batch statistics": (lambda: Around(batch_normed), "batch"),
+    "memory": (Remembering, "state"),
+    "saturated": (lambda: Around(lambda net, x: 1000 * net(x)), "gradient"),
+    "quantized": (lambda: Around(lambda net, x: net((x * 8).round() / 8)), "no-gradient"),
+    "detached": (lambda: Around(lambda net, x: net(x.detach())), "no-gradient"),
+    "without gradient": (lambda: Around(without_gradient), "no-gradient"),
+    "backward raises": (lambda: Around(lambda net, x: net(Stubborn.apply(x))), "no-gradient"),
+    "constant": (lambda: Around(lambda net, x: net(x * 0)), "constant"),
+    "normalization missing": (lambda: Around(normalizing), "scaling"),
+    "expects 0..255": (lambda: Around(lambda net, x: net(x / 255)), "scaling"),
+}
+
+
+@pytest.mark.parametrize("name", CANARIES)
+def test_each_fault_gets_its_finding_and_no_other(name: str) -> None:
+    make, expected = CANARIES[name]
+    faults = found(eb.wrap(make()))
+    assert faults.pop(expected) == "block"
+    # Whoever answers one class only has no gradient of interest; what else is said must be a consequence of that.
+    assert set(faults) <= ({"constant", "no-gradient", "gradient", "scaling"} if expected in ("constant", "scaling") else set())
+
+
+@pytest.mark.parametrize("name", ["digits-standard", "digits-robust"])
+def test_honest_digit_models_have_no_finding(name: str) -> None:
+    assert found(eb.load_model(name)) == {}
+
+
+def test_an_honest_linear_model_has_no_finding() -> None:
+    x, y, weights = blobs(n=120, classes=4)
+    assert found(eb.wrap(linear(weights)), x, y) == {}
+
+
+def test_normalization_that_is_declared_and_needed_is_honest() -> None:
+    assert found(eb.wrap(Around(normalizing), mean=0.5, std=0.5)) == {}
+
+
+def test_a_normalization_that_the_model_does_itself_is_found() -> None:
+    model = Around(lambda net, x: net(x), "digits-robust")  # 98 % on x, 33 % on (x + 1) / 2
+    assert found(eb.wrap(model, mean=-1.0, std=2.0)) == {"scaling": "block"}
+
+
+def test_stored_batch_statistics_are_honest() -> None:
+    model = nn.Sequential(nn.BatchNorm2d(1), Around(lambda net, x: net(x * 0.4 + 0.3)))
+    model.train()
+    with torch.no_grad():
+        for _ in range(50):
+            model[0](digits().x)
+    assert found(eb.wrap(model)) == {}
+
+
+def test_wide_scores_do_not_hide_a_random_model() -> None:
+    """One infinite score must not drown all other differences."""
+
+    def change(net: nn.Module, x: Tensor) -> Tensor:
+        scores = net(x) + 0.01 * torch.randn(len(x), 10)
+        return scores.index_fill(0, torch.tensor([0]), torch.inf)
+
+    assert found(eb.wrap(Around(change))).get("random") == "block"
+
+
+@pytest.mark.parametrize("name", ["constant", "normalization missing", "expects 0..255"])
+def test_what_can_only_mislead_is_refused_in_one_line(name: str, tmp_path: Path) -> None:
+    with pytest.raises(Refused) as refusal:
+        audited(eb.wrap(CANARIES[name][0](), name="canary"), tmp_path, data=digits())
+    text = str(refusal.value)
+    assert "\n" not in text
+    assert text.startswith("model 'canary': ")
+    assert ("Check that weights" if name == "constant" else "--mean and --std") in text
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("name", ["random", "batch mean", "memory", "quantized", "without gradient", "backward raises"])
+def test_a_blocked_model_is_audited_but_not_trusted(name: str, tmp_path: Path) -> None:
+    make, expected = CANARIES[name]
+    model = audited(eb.wrap(make()), tmp_path).models[0]
+    faults = unusual(model)
+    if expected in ("random", "batch", "state"):
+        faults.pop("unconfirmed", None)  # what such a model answered once, it need not answer again
+    assert faults == {expected: "block"}
+    assert expected in blocked(model)
+    assert not any(r.trustworthy for r in model.results)
+
+
+def test_a_model_without_gradients_is_attacked_without_gradients(tmp_path: Path) -> None:
+    result = audited(eb.wrap(Around(without_gradient)), tmp_path).models[0].results[0]
+    assert {a.name for a in result.attacks} == {"noise"}
+    assert result.backwards == 0
+
+
+def test_saturated_scores_end_untrusted_although_the_attack_works(tmp_path: Path) -> None:
+    saturated = audited(eb.wrap(Around(lambda net, x: 1000 * net(x))), tmp_path / "a", "linf:0.15").models[0]
+    plain = audited(eb.load_model("digits-standard"), tmp_path / "b", "linf:0.15").models[0]
+    assert not saturated.results[0].trustworthy
+    assert blocked(saturated) & {"gradient", "losses-disagree"}
+    assert abs(saturated.results[0].value - plain.results[0].value) <= 2 / 64
+    assert plain.results[0].trustworthy
+
+
+def test_probabilities_are_mended_and_change_no_verdict(tmp_path: Path) -> None:
+    logits = audited(eb.load_model("digits-standard"), tmp_path / "a").models[0]
+    mended = audited(eb.wrap(Around(lambda net, x: net(x).softmax(1))), tmp_path / "b").models[0]
+    assert unusual(mended) == {"probabilities": "mended"}
+    assert mended.results[0].robust_accuracy == logits.results[0].robust_accuracy
+    assert mended.results[0].trustworthy
+
+
+def test_probabilities_are_told_from_logits() -> None:
+    logits = torch.randn(20, 5, generator=torch.Generator().manual_seed(0))
+    assert are_probabilities(logits.softmax(1))
+    assert not are_probabilities(logits)
+    assert not are_probabilities(logits.log_softmax(1))
+    assert not are_probabilities(logits.sigmoid())
+    assert not are_probabilities(logits.softmax(1)[:7])  # too few to tell
+    assert are_probabilities(torch.cat([logits.softmax(1), torch.full((1, 5), torch.nan)]))
+
+
+def test_training_mode_is_mended_and_put_back(tmp_path: Path) -> None:
+    net = nn.Sequential(nn.Dropout(0.5), Around(lambda net, x: net(x)))
+    net.train()
+    net[1].eval()
+    modes = [m.training for m in net.modules()]
+    model = audited(net, tmp_path).models[0]
+    assert unusual(model) == {"eval-mode": "mended"}
+    assert [m.training for m in net.modules()] == modes
+    honest = audited(eb.load_model("digits-standard"), tmp_path / "honest").models[0]
+    assert model.results[0].robust_accuracy == honest.results[0].robust_accuracy
+
+
+@pytest.mark.parametrize("kind", ["module", "function"])
+def test_eval_mode_on_arrival_is_not_called_training_mode(kind: str, tmp_path: Path) -> None:
+    net = Around(lambda net, x: net(x))
+    model = audited(net if kind == "module" else net.__call__, tmp_path).models[0]
+    assert unusual(model) == {}
+
+
+@pytest.mark.parametrize(("share", "trusted"), [(0.04, True), (0.3, False)])
+def test_nan_answers_are_no_class_and_widen_the_interval(share: float, trusted: bool, tmp_path: Path) -> None:
+    data = digits()
+    model = audited(eb.wrap(Around(nan_where_dark(share))), tmp_path, data=data).models[0]
+    expected = int((data.x.flatten(1).mean(1) < torch.quantile(data.x.flatten(1).mean(1), share)).sum())
+    assert model.invalid == expected > 0
+    clean, result = model.clean_accuracy, model.results[0]
+    answers = Around(nan_where_dark(share))(data.x)
+    assert clean.count == int(((answers.argmax(1) == data.y) & answers.isfinite().all(1)).sum())
+    assert clean.high >= (clean.count + expected) / clean.n
+    assert result.robust_accuracy.count <= clean.count
+    assert result.robust_accuracy.high >= (result.robust_accuracy.count + expected) / clean.n
+    assert result.trustworthy == trusted
+    assert ("invalid" in {f.id for f in model.flags}) and unusual(model) == {"finite": "warn"}
+
+
+def test_a_model_that_answers_nothing_but_nan_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(Refused, match="NaN or infinite"):
+        audited(eb.wrap(Around(lambda net, x: net(x) * torch.nan)), tmp_path)
+
+
+def test_nan_met_on_the_way_counts_from_that_radius_on(tmp_path: Path) -> None:
+    """Digits become NaN once a pixel of the dark corner is lit by more than 0.15: only radii beyond that are in doubt."""
+
+    def change(net: nn.Module, x: Tensor) -> Tensor:
+        return net(x).masked_fill((x[:, 0, :, 0].amax(1) > 0.15)[:, None], torch.nan)
+
+    data = digits(64)
+    x = data.x.clone()
+    x[:, :, :, 0] = 0.0
+    model = audited(eb.wrap(Around(change)), tmp_path, "linf:0.02,0.2", (x, data.y)).models[0]
+    small, large = model.results
+    assert "invalid-nearby" not in {f.id for f in small.flags}
+    assert "invalid-nearby" in {f.id for f in large.flags} or large.value == 0
+    assert all(line.holds for line in eb.verify(tmp_path / "run", [eb.wrap(Around(change))]))
+
+
+def test_more_labels_than_classes_is_bad_input() -> None:
+    data = digits(64)
+    with pytest.raises(BadInput, match="class 9 in the data, the model scores 3 classes"):
+        found(eb.wrap(Around(lambda net, x: net(x)[:, :3])), data.x, data.y)
+
+
+def test_a_model_that_raises_is_one_line() -> None:
+    data = digits(64)
+    with pytest.raises(BadInput, match="raised RuntimeError") as error:
+        found(eb.load_model("digits-standard"), data.x[:, :, :5, :5], data.y)
+    assert "\n" not in str(error.value)
+    assert "(64, 1, 5, 5)" in str(error.value)

@@ -1,0 +1,18 @@
+"""One torch thread per process, repeatable property tests, and `lawkit` (shared helpers) importable from every test."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import torch
+from hypothesis import HealthCheck, settings
+
+torch.set_num_threads(1)
+sys.path.insert(0, str(Path(__file__).parent / "laws"))
+
+_CALM = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow, HealthCheck.data_too_large]}
+settings.register_profile("quick", max_examples=25, derandomize=True, database=None, **_CALM)  # every run the same cases, as in CI
+settings.register_profile("search", max_examples=400, derandomize=False, database=None, print_blob=True, **_CALM)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "quick"))
