@@ -68,7 +68,7 @@ def open_model(model: Model, *, batch_size: int | None = None, device: str = "cp
     victim.batch_size = victim.fixed_batch or batch_size or victim.batch_size
     if isinstance(victim.model, nn.Module):
         check_finite([*victim.model.named_parameters(), *victim.model.named_buffers()], victim.name)
-    return Loaded(victim, {"source": f"python object {victim.name}"})
+    return Loaded(victim, victim.source or {"source": f"python object {victim.name}"})
 
 
 def _short(source: str) -> str:

@@ -9,15 +9,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from planted import BinaryLinear, blobs, digits, linear, verdicts
+from planted import BinaryLinear, blobs, digits, linear, unusual, verdicts
 from torch import Tensor, nn
 
 import epsball as eb
-from epsball.auditing.cascade import Tick, cascade
+from epsball.auditing.cascade import Tick, cascade, losses_agree
 from epsball.auditing.plan import EFFORTS, default_threats, plan
 from epsball.auditing.results import Report
 from epsball.auditing.run import Plan, prepare
 from epsball.auditing.sheet import Subject
+from epsball.core import Access
 from epsball.errors import BadInput
 from epsball.models import wrap
 from epsball.models.digits import load
@@ -414,3 +415,102 @@ def test_honest_models_are_trusted(tmp_path: Path) -> None:
     assert all(r.trustworthy for m in report.models for r in m.results)
     standard, robust = (m.robust_accuracy["linf", 0.1].value for m in report.models)
     assert robust > standard + 0.2
+
+
+# Callers and models with habits.
+
+
+def shifting(x: Tensor) -> Tensor:
+    x.sub_(0.1)
+    output: Tensor = load("digits-standard")(x)
+    return output
+
+
+def test_a_model_that_overwrites_its_input_is_audited_like_one_that_does_not(tmp_path: Path) -> None:
+    data = digits(40)
+    before = data.x.clone()
+    in_place = audited(tmp_path, "in place", model=shifting, threats="linf:0.1")
+    apart = audited(tmp_path, "apart", model=lambda x: shifting(x.clone()), threats="linf:0.1")
+    assert torch.equal(data.x, before)
+    counts = [report.models[0].results[0].robust_accuracy.count for report in (in_place, apart)]
+    assert counts[0] == counts[1] < 40
+
+
+def test_a_model_that_raises_under_attack_keeps_what_is_known(tmp_path: Path) -> None:
+    net, calls = load("digits-standard"), []
+
+    def tired(x: Tensor) -> Tensor:
+        calls.append(len(x))
+        if len(calls) == 100:
+            raise ValueError("no more")
+        output: Tensor = net(x)
+        return output
+
+    report = audited(tmp_path, model=tired, threats="linf:0.05,0.1")
+    assert report.partial
+    assert [f.id for f in report.models[0].flags] == ["raised"]
+    assert not any(result.trustworthy for result in report.models[0].results)
+
+
+@pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad])
+def test_the_callers_mode_does_not_matter(mode: Any, reference: dict[str, Any], tmp_path: Path) -> None:
+    net = load("digits-standard")
+    with mode():
+        report = audited(tmp_path, model=net, threats=THREATS[:2])
+        assert torch.is_inference_mode_enabled() == (mode is torch.inference_mode)
+        assert not torch.is_grad_enabled()
+        assert all(line.holds for line in eb.verify(tmp_path / "run", [net]))
+    assert all(r.trustworthy for r in report.models[0].results)
+    assert verdicts(tmp_path / "run", "linf") == reference["linf"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_models_of_other_precisions(dtype: torch.dtype, tmp_path: Path) -> None:
+    report = audited(tmp_path, model=load("digits-standard").to(dtype), threats="linf:0.1")
+    assert report.models[0].results[0].trustworthy
+    plain = audited(tmp_path, "plain", threats="linf:0.1")
+    assert abs(report.models[0].results[0].robust_accuracy.count - plain.models[0].results[0].robust_accuracy.count) <= 1
+
+
+@pytest.mark.parametrize("access", [Access.LABELS, Access.SCORES])
+def test_a_model_that_gives_no_gradients_is_not_trusted(access: Access, tmp_path: Path) -> None:
+    model = audited(tmp_path, model=wrap(load("digits-standard"), access=access), threats="linf:0.1").models[0]
+    assert {a.name for a in model.results[0].attacks} == {"noise"}
+    assert not model.results[0].trustworthy
+
+
+def test_losses_that_disagree_are_flagged_without_the_preflights_help(tmp_path: Path) -> None:
+    """Scores x 1000 kill the gradient of cross-entropy and leave that of the margin."""
+    x, y, weights = blobs(n=128, classes=4, features=30)
+    sheet, referee = prepare(
+        Subject(wrap(nn.Sequential(linear(weights), Scale(1000.0)).eval()), x, y, torch.arange(128), "blobs", {}),
+        Plan((parse_threat("linf:0.2"),), "fast"),
+    )
+    losses_agree(sheet, sheet.rounds[0], 0)
+    assert [f.id for f in sheet.rounds[0].flags] == ["losses-disagree"]
+    honest, _ = prepare(Subject(wrap(linear(weights)), x, y, torch.arange(128), "blobs", {}), Plan((parse_threat("linf:0.2"),), "fast"))
+    losses_agree(honest, honest.rounds[0], 0)
+    assert honest.rounds[0].flags == []
+    assert referee.rows > 0
+
+
+class Scale(nn.Module):
+    def __init__(self, factor: float) -> None:
+        super().__init__()
+        self.factor = factor
+
+    def forward(self, scores: Tensor) -> Tensor:
+        return self.factor * scores
+
+
+@pytest.mark.slow
+def test_an_exported_program_is_audited_like_the_module(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    program = torch.export.export(load("digits-standard"), (torch.zeros(8, 1, 8, 8),))
+    torch.export.save(program, tmp_path / "net.pt2")
+    capfd.readouterr()
+    exported = audited(tmp_path, "exported", model=f"{tmp_path}/net.pt2", threats=THREATS[:2])
+    plain = audited(tmp_path, "plain", threats=THREATS[:2])
+    assert unusual(exported.models[0]) == {}
+    assert [r.robust_accuracy for r in exported.models[0].results] == [r.robust_accuracy for r in plain.models[0].results]
+    assert all(line.holds for line in eb.verify(tmp_path / "exported"))
+    assert capfd.readouterr().err == ""

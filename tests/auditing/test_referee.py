@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,9 +14,12 @@ from torch import Tensor, nn
 
 from epsball.auditing.cascade import attack_round
 from epsball.auditing.referee import Referee, distance
+from epsball.auditing.run import confirm
 from epsball.auditing.sheet import Sheet, Subject
-from epsball.core import LabelsChanged, Outcome, Tally, Untargeted, Victim
+from epsball.auditing.verdict import model_report
+from epsball.core import Access, LabelsChanged, Outcome, Tally, Untargeted, Victim
 from epsball.models import wrap
+from epsball.store import evidence
 from epsball.threats import Linf, parse_threat
 
 
@@ -60,7 +64,7 @@ class Liar:
 
     move: Any
     name: str = "liar"
-    threat: Linf = Linf()
+    threat: Linf = field(default_factory=Linf)
 
     def __call__(self, model: Victim, x: Tensor, goal: Any, radius: float, seed: int = 0, **_: Any) -> Outcome:
         n, some = len(x), torch.ones(len(x), dtype=torch.bool)
@@ -224,9 +228,25 @@ def test_nan_answers_break_nothing() -> None:
 
 
 def test_a_label_only_victim_stays_label_only_for_the_referee() -> None:
-    from epsball.core import Access
-
     x, y, weights = blobs(classes=3)
     output = Referee(wrap(linear(weights), access=Access.LABELS)).outputs(x, Untargeted(y))
     assert set(output.unique().tolist()) == {0.0, 1.0}
     assert torch.equal(output.argmax(1), Victim(linear(weights)).outputs(x, Tally.zeros(len(x))).argmax(1))
+
+
+def test_what_is_not_confirmed_when_read_back_does_not_count(tmp_path: Path) -> None:
+    """A sheet that claims more than its inputs show: the false claims are struck, on the sheet and on the disk."""
+    sheet, referee = sheet_of()
+    attack_round(sheet, referee, sheet.rounds[0], Liar(lambda x, r: edge(x, r - 1e-6)), 0, True, lambda *_: None)
+    hits = sheet.hits["linf"]
+    true = torch.isfinite(hits.radius)
+    false = sheet.correct & ~true
+    false[true.nonzero()[0]] = True  # one real success, whose input is lost
+    hits.x_adv[false] = sheet.subject.x[false]
+    hits.radius[false] = 0.3
+    confirm([(sheet, referee)], tmp_path / "evidence", {})
+    assert torch.equal(torch.isfinite(hits.radius), true & ~false)
+    assert [(f.id, f.status) for f in sheet.findings] == [("unconfirmed", "block")]
+    arrays, _ = evidence.read(tmp_path / "evidence")
+    assert arrays["m0/linf/rows"].tolist() == (true & ~false).nonzero().squeeze(1).tolist()
+    assert not model_report(sheet).results[0].trustworthy

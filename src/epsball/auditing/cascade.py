@@ -5,11 +5,12 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 
 from epsball.attacks import pgd
-from epsball.auditing.plan import Stage, plan
+from epsball.auditing.plan import Stage, deeper, plan
 from epsball.auditing.referee import Referee
 from epsball.auditing.results import AttackRow, Flag
 from epsball.auditing.sheet import Round, Sheet
@@ -18,8 +19,8 @@ from epsball.core import AttackLike, LabelsChanged, Outcome
 from epsball.objectives import cross_entropy, margin
 from epsball.threats import named
 
-LOSS_SAMPLE = 128
-LOSS_GAP = 0.15
+LOSS_SAMPLE, LOSS_GAP = 128, 0.15
+EFFORT_SAMPLE, EFFORT_GAP = 64, 0.05
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,7 @@ def cascade(sheet: Sheet, referee: Referee, effort: str, seed: int, drop: bool, 
                 attack_round(sheet, referee, current, stage.attack, seed, drop, watch)
                 behind += stage.rows * correct
             losses_agree(sheet, current, seed)
+            effort_suffices(sheet, current, effort, seed)
             current.finished = True
         finally:
             current.seconds += time.perf_counter() - started
@@ -138,6 +140,36 @@ def losses_agree(sheet: Sheet, current: Round, seed: int) -> None:
             fix="Attack the model without its output scaling (temperature, softmax, quantized scores), or run --effort max.",
         )
         current.flags.append(flag)
+
+
+def effort_suffices(sheet: Sheet, current: Round, effort: str, seed: int) -> None:
+    """Would trying harder still break samples? Asked of a capped sample of those that stand, with one attack at twice the effort.
+
+    What it finds is not entered: a sample's verdict must not depend on which others were chosen for a check.
+
+    Cost: at most that of the deeper attack for each of 64 samples.
+    """
+    order = sheet.subject.order
+    rows = order[sheet.standing(current.threat, current.radius)[order]][:EFFORT_SAMPLE]
+    if not len(rows) or any(f.id == "no-gradient" for f in sheet.findings):
+        return
+    subject, started = sheet.subject, time.perf_counter()
+    single = not isinstance(subject.goal, LabelsChanged)
+    attack = deeper(current.threat, effort, classes=sheet.clean.shape[1], single_label=single)
+    outcome = attack(subject.victim, subject.x[rows], subject.goal.take(rows), current.radius, seed + 1, clean=sheet.clean[rows])
+    broken = int(outcome.reached.sum())
+    current.attacks.append(_row("check: more effort", repr(attack), len(rows), 0, outcome, time.perf_counter() - started))
+    if not broken:
+        return
+    fix = "Run --effort max." if effort != "max" else "Quote the number as an upper bound that is known to be loose."
+    standing = float(sheet.standing(current.threat, current.radius).double().mean())
+    lower = broken / len(rows) * standing
+    message = (
+        f"Twice the effort still broke {broken} of {len(rows)} samples that stood: "
+        f"the true robust accuracy is lower, by about {100 * lower:.1f} points or more."
+    )
+    severity: Literal["block", "warn"] = "block" if lower > EFFORT_GAP else "warn"
+    current.flags.append(Flag(id="effort", severity=severity, message=message, fix=fix))
 
 
 def eight_bit(sheet: Sheet, referee: Referee) -> None:

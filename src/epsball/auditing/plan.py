@@ -11,6 +11,7 @@ from epsball.objectives import cross_entropy, margin
 from epsball.threats import named
 
 EFFORTS = ("fast", "default", "max")
+_STEPS = {"fast": 10, "default": 40, "max": 100}
 
 
 @dataclass(frozen=True)
@@ -32,27 +33,37 @@ def plan(threat: str, effort: str, *, classes: int, single_label: bool, gradient
     if effort not in EFFORTS:
         raise BadInput(f"effort '{effort}': unknown: use one of {', '.join(EFFORTS)}")
     level = EFFORTS.index(effort)
-    draws = (5, 10, 100)[level]
-    stages = [Stage(noise(draws, threat=named(threat)), draws // 2)]
+    draws, steps, restarts = (5, 10, 100)[level], _STEPS[effort], (1, 1, 3)[level]
     if not gradients:
         return (Stage(noise(100 * draws, threat=named(threat)), 50 * draws),)
+    stages = [Stage(noise(draws, threat=named(threat)), draws // 2), Stage(pgd(10, threat=named(threat), objective=margin), 10)]
     if threat in ("l0", "l0f"):
-        steps, restarts = (20, 100, 200)[level], (1, 1, 5)[level]
         for objective in (margin, cross_entropy):
-            stages.append(Stage(pgd(steps, restarts=restarts, threat=named(threat), objective=objective), steps * restarts))
+            attack = pgd(3 * steps, restarts=restarts, threat=named(threat), objective=objective)
+            stages.append(Stage(attack, 3 * steps * restarts))
         return tuple(stages)
-    aimed = single_label and classes >= 3
-    steps, targets, restarts = (15, 30, 100)[level], min((2, 4, 9)[level], classes - 1), (1, 1, 3)[level]
-    stages.append(Stage(pgd(10, threat=named(threat), objective=margin), 10))
-    if aimed:
-        stages.append(Stage(apgd_t(steps, targets=targets, threat=named(threat)), steps * targets + targets + 4))
-    if level:
-        stages.append(Stage(apgd(steps, restarts, threat=named(threat)), steps * restarts))
-    if aimed and level == 2:
+    if single_label and classes >= 3:
+        targets = min((5, 9, 9)[level], classes - 1)
+        # Aimed at the margin, not at targeted DLR: on robust models it breaks more in the same steps.
+        attack = apgd_t(steps, targets=targets, threat=named(threat), objective=margin)
+        stages.append(Stage(attack, steps * targets + targets + 4))
+    else:
+        attack = apgd(3 * steps, restarts, threat=named(threat), objective=margin)
+        stages.append(Stage(attack, 3 * steps * restarts))
+    stages.append(Stage(apgd(steps, restarts, threat=named(threat)), steps * restarts))
+    if level == 2 and single_label and classes >= 3:
         stages.append(Stage(apgd_dlr(steps, restarts, threat=named(threat)), steps * restarts))
-    if not aimed:
-        stages.append(Stage(apgd(3 * steps, restarts, threat=named(threat), objective=margin), 3 * steps * restarts))
     return tuple(stages)
+
+
+def deeper(threat: str, effort: str, *, classes: int, single_label: bool) -> AttackLike:
+    """The plan's strongest attack again with twice the steps and all the targets: what would more effort still find?"""
+    steps = 2 * _STEPS[effort]
+    if threat in ("l0", "l0f"):
+        return pgd(3 * steps, threat=named(threat), objective=margin)
+    if single_label and classes >= 3:
+        return apgd_t(steps, targets=min(9, classes - 1), threat=named(threat), objective=margin)
+    return apgd(3 * steps, threat=named(threat), objective=margin)
 
 
 def default_threats(shape: tuple[int, ...], width: float) -> list[str]:

@@ -6,6 +6,7 @@ Distances are computed here in NumPy, on purpose not by the threats that the att
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -65,7 +66,9 @@ class Referee:
         model = victim.model
         if isinstance(model, nn.Module):
             try:
-                model = copy.deepcopy(model)
+                with warnings.catch_warnings():  # copying an exported program warns of torch's own doings
+                    warnings.simplefilter("ignore")
+                    model = copy.deepcopy(model)
             except Exception:  # exported programs and modules with foreign handles cannot be copied
                 model = victim.model
         self.victim = Victim(

@@ -13,6 +13,7 @@ from epsball.core import valid
 FIXES = {
     "random": "Average over several draws or freeze the randomness; attacks that expect it (EOT) are needed.",
     "finite": "Check weights and input scaling, and find the layer that overflows.",
+    "raised": "Make the model answer every input of the box, then run the audit again.",
     "batch": "Use stored statistics instead of batch statistics at test time.",
     "state": "Make the model's forward pass free of side effects in eval mode.",
     "scaling": "Declare the normalization the model was trained with: --mean and --std, or wrap(model, mean=..., std=...).",

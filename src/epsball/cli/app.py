@@ -22,7 +22,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
     help="How robust is your model, really? Attacks it, doubts itself, and shows evidence that anyone can re-check.",
-    epilog="Exit codes: 0 fine, 1 below --fail-under, 2 bad input, 3 a verification failed, 130 interrupted (a partial report is kept).",
+    epilog="Exit codes: 0 fine, 1 below --fail-under, 2 bad input, 3 a verification failed, 130 stopped early (a partial report is kept).",
 )
 
 
@@ -164,10 +164,14 @@ def _next(done: Report, model: str | None) -> str:
 
 
 def _code(done: Report, fail_under: float | None) -> int:
-    from epsball.cli import EXIT_BELOW, EXIT_INTERRUPTED
+    from epsball.cli import EXIT_INTERRUPTED
 
-    if done.partial:
-        return EXIT_INTERRUPTED
+    return EXIT_INTERRUPTED if done.partial else _below(done, fail_under)
+
+
+def _below(done: Report, fail_under: float | None) -> int:
+    from epsball.cli import EXIT_BELOW
+
     results = [r for m in done.models for r in m.results]
     below = fail_under is not None and any(not r.trustworthy or 100 * r.value < fail_under for r in results)
     return EXIT_BELOW if below else 0
@@ -233,7 +237,11 @@ def verify(
     """Re-check a run's claims from its evidence: loads the models afresh, one forward pass, no attack."""
     from epsball.cli import EXIT_MISMATCH
     from epsball.door import verify as check
+    from epsball.store import evidence
 
+    for settings in [] if model else evidence.header(run / evidence.NAME)["models"]:
+        if ":" in settings["spec"].get("source", ""):  # a factory: code of whoever wrote the file that it names
+            typer.echo(f"loading {settings['spec']['source']}, as the run says; --model names another", err=True)
     lines = check(run, model)
     if as_json:
         rows = [{**vars(line), "holds": line.holds} for line in lines]
@@ -270,7 +278,7 @@ def report_(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run.")],
     junit: Annotated[Path | None, typer.Option(metavar="FILE", help="Also write JUnit XML.")] = None,
     fail_under: Annotated[
-        float | None, typer.Option(metavar="PERCENT", min=0, max=100, help="For JUnit: what counts as a failure.")
+        float | None, typer.Option(metavar="PERCENT", min=0, max=100, help="As for audit: exit 1 if any robust accuracy is below.")
     ] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -285,6 +293,7 @@ def report_(
     if junit is not None:
         write_atomic(junit, report.junit(done, None if fail_under is None else fail_under / 100))
     _tell(done, as_json, "as before")
+    raise typer.Exit(_below(done, fail_under))
 
 
 @app.command(epilog="Example: epsball doctor")

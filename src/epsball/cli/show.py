@@ -11,20 +11,6 @@ if TYPE_CHECKING:
     from epsball.auditing.cascade import Tick
 
 
-def duration(seconds: float) -> str:
-    """For people.
-
-    >>> duration(4.2), duration(95), duration(7300)
-    ('5 s', '1 min 35 s', '2 h 2 min')
-    """
-    whole = int(seconds) + 1 if seconds != int(seconds) else int(seconds)
-    if whole < 90:
-        return f"{whole} s"
-    if whole < 5400:
-        return f"{whole // 60} min {whole % 60} s"
-    return f"{whole // 3600} h {whole % 3600 // 60} min"
-
-
 class Live:
     """Progress on stderr: a live line on a terminal, one plain line per radius anywhere else. A context manager."""
 
@@ -54,12 +40,14 @@ class Live:
 
     def estimate(self, seconds: float) -> None:
         """Before the first attack."""
+        from epsball.report.text import duration
+
         self.started = time.perf_counter()
         self.console.print(f"The plan takes at most about {duration(seconds)}; samples that break early make it shorter.", markup=False)
 
     def tick(self, tick: Tick) -> None:
         """During attacks."""
-        from epsball.report.text import clean
+        from epsball.report.text import clean, duration
 
         where = f"{clean(tick.model)} {tick.threat} {tick.radius}"
         spent = time.perf_counter() - self.started

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from types import TracebackType
@@ -75,6 +75,8 @@ class Victim:
         fixed_batch: batch size that an exported program insists on; short batches are padded.
         name: how reports call it.
 
+    `source` may say how the model can be loaded again, in plain values; who loads models sets it.
+
     Use it as a context: inside, every submodule is in eval mode, parameters are frozen and the global random generators
     are forked; all of it is put back on the way out, exceptions included.
     """
@@ -96,6 +98,7 @@ class Victim:
         self.fixed_batch = fixed_batch
         self.name = name
         self.lens: Lens | None = None
+        self.source: Mapping[str, Any] | None = None
         self._restore: list[Callable[[], None]] = []
         self._depth = 0
         tensors = [*model.parameters(), *model.buffers()] if isinstance(model, nn.Module) else []
@@ -128,6 +131,7 @@ class Victim:
             BadInput: no such layer, no module, or shapes that differ.
         """
         twin = copy.copy(self)
+        twin._depth, twin._restore = 0, []
         twin.model = Substituted.of(self.model, layer, backward, self.name)
         return twin
 
@@ -136,6 +140,7 @@ class Victim:
         if self._depth == 1:
             self._restore = [
                 _leave_inference_mode(),
+                _leave_autocast(self.device),
                 _fork_generators(),
                 *(_still(self.model) if isinstance(self.model, nn.Module) else []),
             ]
@@ -184,7 +189,7 @@ class Victim:
         return concatenate(parts)
 
     def _forward(self, x: Tensor, tally: Tally) -> Tensor:
-        asked = x.to(self.dtype)
+        asked = x.to(self.dtype, copy=True)  # models that work in place must not change the caller's inputs
         asked = asked if self.lens is None else self.lens(asked, tally)
         if self.fixed_batch and len(x) < self.fixed_batch:
             asked = torch.cat([asked, asked[-1:].expand(self.fixed_batch - len(x), *asked.shape[1:])])
@@ -237,6 +242,13 @@ def _leave_inference_mode() -> Callable[[], None]:
     """Gradients need ordinary tensors, also where the caller is in inference mode; returns what undoes it."""
     mode = torch.inference_mode(False)
     mode.__enter__()
+    return lambda: mode.__exit__(None, None, None)
+
+
+def _leave_autocast(device: torch.device) -> Callable[[], None]:
+    """Verdicts are made in the model's own precision, whatever the caller has switched on; returns what undoes it."""
+    mode = torch.autocast(device.type, enabled=False)
+    mode.__enter__()  # type: ignore[no-untyped-call]
     return lambda: mode.__exit__(None, None, None)
 
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from epsball.core import Access, Victim
 from epsball.models.adapt import Adapted, Outputs
+from epsball.models.load import ModelSpec
 from epsball.models.load import load_model as load_adapted
 
 
@@ -69,7 +70,10 @@ def load_model(
     """
     adapted, _ = load_adapted(source, weights, **options)
     box = tuple(float(bound) for bound in options.get("box", (0.0, 1.0)))
-    return wrap(adapted, box=(box[0], box[1]), batch_size=batch_size, name=name or source)
+    victim = wrap(adapted, box=(box[0], box[1]), batch_size=batch_size, name=name or source)
+    given = {key: value for key, value in options.items() if value is not None}
+    victim.source = ModelSpec.from_dict({"source": source, "weights": weights, **given}).to_dict()
+    return victim
 
 
 def normalization(victim: Victim, ndim: int) -> tuple[Tensor, Tensor] | None:

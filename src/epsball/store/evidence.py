@@ -69,20 +69,33 @@ def atomic(path: Path, blob: bytes) -> None:
         raise
 
 
+def header(path: Path) -> dict[str, Any]:
+    """The settings alone, without reading any array.
+
+    Raises:
+        BadInput: as `read`.
+    """
+    return _open(path, arrays=False)[1]
+
+
 def read(path: Path) -> tuple[Arrays, dict[str, Any]]:
     """(arrays, header); a damaged or foreign file is one line.
 
     Raises:
         BadInput: no such file, cut short, or not written by epsball.
     """
+    return _open(path, arrays=True)
+
+
+def _open(path: Path, *, arrays: bool) -> tuple[Arrays, dict[str, Any]]:
     from safetensors import safe_open
 
     if not path.is_file():
         raise BadInput(f"evidence '{path}': not found: give the folder of a finished run")
     try:
         with safe_open(path, framework="numpy") as file:
-            header = json.loads((file.metadata() or {})["epsball"])
-            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+            settings: dict[str, Any] = json.loads((file.metadata() or {})["epsball"])
+            names = file.keys() if arrays else []
+            return {name: file.get_tensor(name) for name in names}, settings
     except Exception as error:
         raise BadInput(f"evidence '{path}': unreadable ({type(error).__name__}): run the audit again") from error
-    return arrays, header
