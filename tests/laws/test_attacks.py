@@ -37,9 +37,22 @@ from epsball.errors import AccessDenied, BadInput, EpsballError
 from epsball.threats import named
 
 PAIRS = list(pairs())
-GOALS = [(name, threat, aimed) for name, threat in PAIRS for aimed in (False, True) if entries()[name].targeted or not aimed]
-every_pair = pytest.mark.parametrize(("name", "threat"), PAIRS)
-every_goal = pytest.mark.parametrize(("name", "threat", "targeted"), GOALS)
+
+
+def spread(cases: list[tuple[Any, ...]]) -> list[Any]:
+    """Every case; those beyond an attack's first two threats are slow, but for the two attacks that everything rests on."""
+
+    def slow(name: str, threat: str) -> bool:
+        return name not in ("pgd", "apgd") and entries()[name].threats.index(threat) >= 2
+
+    return [pytest.param(*case, marks=pytest.mark.slow) if slow(case[0], case[1]) else case for case in cases]
+
+
+every_pair = pytest.mark.parametrize(("name", "threat"), spread(PAIRS))
+every_goal = pytest.mark.parametrize(
+    ("name", "threat", "targeted"),
+    spread([(name, threat, aimed) for name, threat in PAIRS for aimed in (False, True) if entries()[name].targeted or not aimed]),
+)
 every_attack = pytest.mark.parametrize("name", list(entries()))
 
 
@@ -59,7 +72,7 @@ def first(name: str) -> str:
 
 
 @every_goal
-@pytest.mark.parametrize(("classes", "kind"), [(3, "mlp"), (4, "conv"), (10, "mlp")])
+@pytest.mark.parametrize(("classes", "kind"), [(3, "mlp"), (4, "conv"), pytest.param(10, "mlp", marks=pytest.mark.slow)])
 def test_legal_honest_and_wrong_rows_untouched(name: str, threat: str, targeted: bool, classes: int, kind: str) -> None:
     b = bench(classes, kind=kind)
     goal, radius = b.goal(targeted), tensor(np.linspace(0, 2, 10), torch.float64) * radius_of(threat)
@@ -353,7 +366,7 @@ def equal(one: Any, other: Any) -> bool:
 
 
 @every_pair
-@pytest.mark.parametrize("calls", [None, 1, 2, 4])
+@pytest.mark.parametrize("calls", [None, 1, 3])
 def test_purity_even_when_the_model_raises(name: str, threat: str, calls: int | None) -> None:
     model, b = Fickle(calls), bench(4, n=4, wrong=0)
     x, labels = b.x.clone(), b.model(b.x.double()).argmax(1)

@@ -1,11 +1,24 @@
 """How it is searched: recipes, one file per family, and what combines them."""
 
 from epsball.attacks.apgd import apgd, apgd_dlr, apgd_t
+from epsball.attacks.channel import physical, survival
 from epsball.attacks.combine import Cascade, EveryTarget, Restarts, SmallestRadius
+from epsball.attacks.cw import cw_l0, cw_l2, cw_linf
+from epsball.attacks.deepfool import deepfool, superdeepfool
+from epsball.attacks.ead import ead
+from epsball.attacks.fab import fab, fab_t
+from epsball.attacks.jsma import jsma
+from epsball.attacks.lbfgs import lbfgs
+from epsball.attacks.minimal import ddn, fmn
 from epsball.attacks.noise import noise
+from epsball.attacks.pdpgd import pdpgd
 from epsball.attacks.pgd import bim, fgsm, mi_fgsm, pgd
 from epsball.attacks.registry import Entry, entries, get
+from epsball.attacks.sigma_zero import sigma_zero
+from epsball.attacks.spatial import recoloradv, rotation_translation, stadv
 from epsball.attacks.targets import by_logit, malt
+from epsball.attacks.transfer import di_fgsm, ensemble, ni_fgsm, si_fgsm, ti_fgsm, vmi_fgsm
+from epsball.attacks.universal import UniversalGradient, UniversalSum, cross_model_table, fooling_rate
 
 __all__ = [
     "Cascade",
@@ -13,16 +26,45 @@ __all__ = [
     "EveryTarget",
     "Restarts",
     "SmallestRadius",
+    "UniversalGradient",
+    "UniversalSum",
     "apgd",
     "apgd_dlr",
     "apgd_t",
     "bim",
     "by_logit",
+    "cross_model_table",
+    "cw_l0",
+    "cw_l2",
+    "cw_linf",
+    "ddn",
+    "deepfool",
+    "di_fgsm",
+    "ead",
+    "ensemble",
     "entries",
+    "fab",
+    "fab_t",
     "fgsm",
+    "fmn",
+    "fooling_rate",
     "get",
+    "jsma",
+    "lbfgs",
     "malt",
     "mi_fgsm",
+    "ni_fgsm",
     "noise",
+    "pdpgd",
     "pgd",
+    "physical",
+    "recoloradv",
+    "rotation_translation",
+    "si_fgsm",
+    "sigma_zero",
+    "stadv",
+    "superdeepfool",
+    "survival",
+    "ti_fgsm",
+    "vmi_fgsm",
 ]

@@ -50,7 +50,7 @@ class SparseAscent:
 
     Every 4 % of the steps the share of moved features becomes that of the best point over 1.5. Where the best point grew
     clearly sparser (by 5 %) the step returns to the radius and the search to the best point; elsewhere the step shrinks
-    by 1.5, down to a tenth of the radius.
+    by 1.5, down to a tenth of the radius. Like the released code it rounds the number of moved features up.
     """
 
     gradient: Gradient = autograd

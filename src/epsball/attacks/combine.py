@@ -251,7 +251,7 @@ class SmallestRadius:
     """
 
     attack: AttackLike
-    rounds: int = 10
+    rounds: int = 14
 
     @property
     def name(self) -> str:

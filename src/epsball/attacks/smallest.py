@@ -10,7 +10,7 @@ from epsball.objectives import margin
 from epsball.threats import named
 
 
-def smallest(norm: str, steps: int = 40, rounds: int = 10) -> SmallestRadius:
+def smallest(norm: str, steps: int = 40, rounds: int = 14) -> SmallestRadius:
     """Bisects each sample's radius with the strongest fixed-radius attack here: APGD on the margin, PGD_0 under L0.
 
     Args:

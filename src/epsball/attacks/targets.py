@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from epsball.core import Projects, Tally, Victim
+from epsball.core.gradient import logit_gradients
 
 
 def by_logit(victim: Victim, x: Tensor, labels: Tensor, clean: Tensor, threat: Projects, count: int, tally: Tally) -> Tensor:
@@ -24,20 +25,13 @@ def malt(victim: Victim, x: Tensor, labels: Tensor, clean: Tensor, threat: Proje
     candidates = by_logit(victim, x, labels, clean, threat, min(count + 3, clean.shape[1] - 1), tally)
 
     def distances(part: Tensor, own: Tensor, others: Tensor, books: Tally) -> Tensor:
-        leaf = part.detach().requires_grad_()
-        with torch.enable_grad():
-            output = victim.differentiable(leaf, books)
-
-        def gradient(classes: Tensor) -> Tensor:
-            books.count_backward()
-            score = output.gather(1, classes[:, None]).sum()
-            return torch.autograd.grad(score, leaf, retain_graph=True)[0] if score.requires_grad else torch.zeros_like(leaf)
-
-        base, columns = gradient(own), []
-        for column in others.unbind(1):
-            difference = gradient(column) - base
+        classes = torch.cat([own[:, None], others], 1)
+        _, logits, slopes = logit_gradients(victim, part, books, lambda output: output.gather(1, classes))
+        base, columns = next(slopes), []
+        for logit, slope in zip(logits[:, 1:].unbind(1), slopes, strict=True):
+            difference = slope - base
             dual = (difference * threat.steepest(part, part, difference)).flatten(1).sum(1)
-            gap = (output.gather(1, own[:, None]) - output.gather(1, column[:, None])).detach().squeeze(1)
+            gap = logits[:, 0] - logit
             columns.append(torch.where(dual > 0, gap / dual, torch.full_like(gap, torch.inf)))
         return torch.stack(columns, 1)
 

@@ -1,0 +1,362 @@
+"""Carlini & Wagner 2017, arXiv 1608.04644: L2, Linf and L0, each a weighted sum of a distance and of the margin, by Adam under a tanh."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from epsball.attacks.minimal import Bracket, Round, at_rest, first_weight, limits, look, offered, width
+from epsball.attacks.registry import register
+from epsball.core import Attack, Gradient, Problem, Projects, Reading, autograd
+from epsball.core.rows import per_sample
+from epsball.errors import BadInput
+from epsball.objectives import margin
+from epsball.threats import L0, L2, Linf
+
+# The one search of all three norms.
+
+
+@dataclass(frozen=True)
+class Aim:
+    """What a norm's schedule asks for now, (B,) each: weight of the margin, share of Adam's learning rate, who is done; its own memory.
+
+    `allowed` (B, ...) bool: where x may change at all; None is everywhere.
+    """
+
+    weight: Tensor
+    rate: Tensor
+    done: Tensor
+    memory: Any
+    allowed: Tensor | None = None
+
+
+class Schedule(Protocol):
+    """How the distance is measured while searching, and what changes between two rounds."""
+
+    @property
+    def returns(self) -> bool:
+        """Each round starts at the best success; else where the last one ended."""
+
+    def start(self, problem: Problem, reading: Reading) -> Aim:
+        """From the first look, which is at the clean input."""
+
+    def distance(self, aim: Aim, change: Tensor) -> tuple[Tensor, Tensor]:
+        """The smooth distance (B,) float64 and its gradient by the change (B, ...)."""
+
+    def next(self, problem: Problem, aim: Aim, rnd: Round, reading: Reading, success: Tensor, late: Tensor) -> tuple[Aim, Tensor]:
+        """After a look; `late` (B,): time is up or nothing improves. Returns what holds from now on, and whose round is over (B,)."""
+
+
+@dataclass(frozen=True)
+class _Walk:
+    """`z` is the best success, x where none, and `home` its w; the search itself stands at w."""
+
+    z: Tensor
+    best: Tensor
+    home: Tensor
+    w: Tensor
+    origin: Tensor
+    low: Tensor
+    high: Tensor
+    mean: Tensor
+    square: Tensor
+    round: Round
+    aim: Aim | None
+    last: Reading | None
+
+
+@dataclass(frozen=True)
+class TanhAdam:
+    """Minimizes distance + weight * max(kappa - margin, 0) over w, x_adv = low + (high - low) (tanh(w) / edge + 1) / 2, by Adam.
+
+    `edge` < 1 keeps the slope of tanh away from 0 for features that start at the end of their interval, as most of MNIST's
+    do; w stays within |tanh w| <= edge, and a feature whose w never moved is exactly that of x. Adam's memory and the round
+    counters are per sample; a round ends after `steps` looks, or after steps / 5 without progress; each round starts at
+    the best success, or where the last one ended. A finished sample is not looked at any more.
+
+    Attributes:
+        schedule: the norm. steps: looks of one round. rounds: most rounds. rate: Adam's learning rate in w. kappa: least margin
+            of a success, in logits.
+    """
+
+    schedule: Schedule
+    steps: int
+    rounds: int
+    rate: float
+    kappa: float = 0.0
+    edge: float = 0.98
+    gradient: Gradient = autograd
+
+    def init(self, problem: Problem, steps: int) -> _Walk:
+        """At the clean input."""
+        x = problem.x
+        low, high = limits(problem)
+        if not bool(torch.isfinite(high - low).all()):
+            raise BadInput("box: infinite: Carlini & Wagner's tanh needs a finite one: declare the box of the model")
+        wide = torch.promote_types(x.dtype, torch.float32)
+        low, high = low.to(wide), high.to(wide)
+        span = high - low
+        share = torch.where(span > 0, 2 * (x.to(wide) - low) / span.where(span > 0, torch.ones_like(span)) - 1, torch.zeros_like(span))
+        w = torch.atanh(self.edge * share.clamp(-1, 1))
+        zero = torch.zeros_like(w)
+        return _Walk(
+            x.clone(), torch.full_like(problem.radius, torch.inf), w, w, w, low, high, zero, zero, Round.first(problem.radius), None, None
+        )
+
+    def step(self, problem: Problem, state: _Walk) -> tuple[Reading, _Walk]:
+        """One look at the samples still searched, one step of Adam."""
+        if state.aim is not None and bool(state.aim.done.all()):
+            return at_rest(problem), state
+        image = self._image(problem, state)
+        awake = torch.ones_like(state.best, dtype=torch.bool) if state.aim is None else ~state.aim.done
+        reading = look(problem, image, awake, state.last, self.gradient)
+        aim = self.schedule.start(problem, reading) if state.aim is None else state.aim
+        success = problem.goal.reached(reading.output) & (reading.score >= self.kappa) & awake
+        size = problem.threat.size(problem.x, image)
+        better = success & (size < state.best)
+        change = image.to(state.w.dtype) - problem.x.to(state.w.dtype)
+        value, pull = self.schedule.distance(aim, change)
+        loss = value + aim.weight * (self.kappa - reading.score.double()).clamp(min=0.0)
+        moved = self._adam(problem, state, aim, pull, reading, ~success)
+        rnd = state.round.after(loss, success)
+        late = (rnd.looks >= self.steps) | (rnd.stale >= max(self.steps // 5, 1))
+        aim, over = self.schedule.next(problem, aim, rnd, reading, success, late)
+        rnd = rnd.restarted(over)
+        aim = replace(aim, done=aim.done | (rnd.number >= self.rounds))
+        keep = per_sample(~over, moved.w)
+        best = torch.where(better, size, state.best)
+        home = torch.where(per_sample(better, state.w) > 0, state.w, state.home)
+        state = replace(
+            moved,
+            z=torch.where(per_sample(better, image) > 0, image, state.z),
+            best=best,
+            home=home,
+            w=torch.where(per_sample(over & torch.isfinite(best), home) > 0, home, moved.w) if self.schedule.returns else moved.w,
+            mean=moved.mean * keep,
+            square=moved.square * keep,
+            round=rnd,
+            aim=aim,
+            last=reading,
+        )
+        return offered(problem, reading, success), state
+
+    def _image(self, problem: Problem, state: _Walk) -> Tensor:
+        """The input that w stands for, exactly x where nothing moved or nothing may."""
+        share = ((torch.tanh(state.w) / self.edge).clamp(-1, 1) + 1) / 2
+        image = torch.minimum(torch.maximum(state.low + (state.high - state.low) * share, state.low), state.high).to(problem.x.dtype)
+        still = state.w == state.origin
+        if state.aim is not None and state.aim.allowed is not None:
+            still = still | ~state.aim.allowed
+        return torch.where(still, problem.x, image)
+
+    def _adam(self, problem: Problem, state: _Walk, aim: Aim, pull: Tensor, reading: Reading, short: Tensor) -> _Walk:
+        """One step of Adam down the loss; the weight only scales the gradient of samples that fall `short` (B,) of the margin."""
+        tanh = torch.tanh(state.w)
+        push = torch.nan_to_num(reading.gradient.to(pull), nan=0.0, posinf=0.0, neginf=0.0)
+        slope = (pull - per_sample(aim.weight * short, pull) * push) * (state.high - state.low) * (1 - tanh.square()) / (2 * self.edge)
+        slope = torch.nan_to_num(slope if aim.allowed is None else slope * aim.allowed)
+        mean, square = 0.9 * state.mean + 0.1 * slope, 0.999 * state.square + 0.001 * slope.square()
+        number = (state.round.looks + 1).double()
+        rate = per_sample(self.rate * aim.rate / (1 - 0.9**number), slope)
+        root = (square / per_sample(1 - 0.999**number, slope)).sqrt()
+        tiny = torch.finfo(root.dtype).tiny ** 0.5
+        w = state.w - rate * mean / (root + tiny)
+        end = torch.atanh(torch.tensor(self.edge, dtype=w.dtype, device=w.device))
+        return replace(state, w=torch.minimum(torch.maximum(w, -end), end), mean=mean, square=square)
+
+
+@dataclass(frozen=True)
+class Bisected:
+    """C&W L2: |change|^2, and a bisection of the weight; every round takes half the steps of the one before."""
+
+    first: float = 2.0
+    growth: float = 3.0
+    returns: bool = True
+
+    def start(self, problem: Problem, reading: Reading) -> Aim:
+        """`first` times the weight that a linear model would need; small steps where its distance, per feature, is small."""
+        weight = first_weight(reading)
+        bracket = Bracket.start(self.first * weight)
+        distance = (weight * reading.score.double().abs() / 2).sqrt() / problem.x[0].numel() ** 0.5
+        rate = (40 * distance / width(problem)).clamp(max=1.0)
+        return Aim(bracket.weight, rate, torch.zeros_like(rate, dtype=torch.bool), bracket)
+
+    def distance(self, aim: Aim, change: Tensor) -> tuple[Tensor, Tensor]:
+        """|change|^2."""
+        return change.double().flatten(1).square().sum(1), 2 * change
+
+    def next(self, problem: Problem, aim: Aim, rnd: Round, reading: Reading, success: Tensor, late: Tensor) -> tuple[Aim, Tensor]:
+        """Less weight where the last looks still saw a success, more elsewhere."""
+        bracket = aim.memory.next(late, rnd.since < rnd.stale.clamp(min=1), self.growth)
+        return replace(aim, weight=bracket.weight, memory=bracket, rate=torch.where(late, aim.rate / 2, aim.rate)), late
+
+
+@dataclass(frozen=True)
+class Shrinking:
+    """C&W Linf: sum max(0, |change| - tau); each success lowers tau to `factor` times its largest change.
+
+    After `tries` rounds in vain, each with `growth` times the weight, the factor is replaced by its root; above 0.99 it is over.
+    """
+
+    factor: float = 0.9
+    growth: float = 2.0
+    tries: int = 4
+    first: float = 0.03
+    returns: bool = False
+
+    def start(self, problem: Problem, reading: Reading) -> Aim:
+        """No tau yet: the first round asks for any success. Weight `first` over the mean gradient: pull and push of like size."""
+        push = torch.nan_to_num(reading.gradient.double(), nan=0.0, posinf=0.0, neginf=0.0).flatten(1).abs().mean(1)
+        one = torch.ones_like(push)
+        memory = (one * torch.inf, torch.zeros_like(push, dtype=torch.int64), one * self.factor, width(problem))
+        return Aim(torch.where(push > 0, self.first / push.clamp(min=1e-300), one), one, ~one.bool(), memory)
+
+    def distance(self, aim: Aim, change: Tensor) -> tuple[Tensor, Tensor]:
+        """The part of every change that exceeds tau."""
+        excess = (change.abs() - per_sample(aim.memory[0], change)).clamp(min=0.0)
+        return excess.double().flatten(1).sum(1), change.sign() * (excess > 0)
+
+    def next(self, problem: Problem, aim: Aim, rnd: Round, reading: Reading, success: Tensor, late: Tensor) -> tuple[Aim, Tensor]:
+        """A success within tau ends its round at once. Steps shrink with tau, which they must be able to resolve."""
+        tau, tries, factor, wide = aim.memory
+        largest = (reading.z.double() - problem.x.double()).flatten(1).abs().amax(1)
+        won = success & (largest <= tau)
+        lost = late & ~won
+        given_up = lost & (tries + 1 >= self.tries) & torch.isfinite(tau)
+        finer = torch.where(given_up, factor.sqrt(), factor)
+        tau = torch.where(won, largest * factor, torch.where(given_up, tau / factor * finer, tau))
+        weight = torch.where(lost & ~given_up, aim.weight * self.growth, aim.weight)
+        tries = torch.where(won | given_up, torch.zeros_like(tries), tries + lost)
+        rate = (2 * tau / wide).clamp(max=1.0)
+        return replace(aim, weight=weight, rate=rate, done=aim.done | (finer > 0.99), memory=(tau, tries, finer, wide)), won | lost
+
+
+@dataclass(frozen=True)
+class Dropping:
+    """C&W L0: |change|^2 on a set of pixels that loses, after each success, the `share` whose change matters least.
+
+    What matters is |change| * |gradient of the margin|, summed over the channels of a pixel; pixels that did not change leave
+    the set too. After `tries` rounds in vain, each with `growth` times the weight, half as many pixels leave the last set that
+    worked; where not even one can, the search is over.
+
+    Attributes:
+        joined: all channels of a (B, C, H, W) input count as one pixel. patience: rounds in vain before a first success.
+    """
+
+    joined: bool
+    share: float = 0.2
+    growth: float = 4.0
+    tries: int = 3
+    patience: int = 10
+    first: float = 2.0
+    returns: bool = False
+
+    def start(self, problem: Problem, reading: Reading) -> Aim:
+        """Every pixel may change."""
+        weight = self.first * first_weight(reading)
+        zero = torch.zeros_like(weight, dtype=torch.int64)
+        worth = torch.zeros_like(self._pixels(problem.x.double()))
+        return Aim(weight, torch.ones_like(weight), zero.bool(), (worth, zero, zero, zero), torch.ones_like(problem.x, dtype=torch.bool))
+
+    def distance(self, aim: Aim, change: Tensor) -> tuple[Tensor, Tensor]:
+        """|change|^2."""
+        return change.double().flatten(1).square().sum(1), 2 * change
+
+    def next(self, problem: Problem, aim: Aim, rnd: Round, reading: Reading, success: Tensor, late: Tensor) -> tuple[Aim, Tensor]:
+        """The first success ends its round."""
+        worth, count, leaving, tries = aim.memory
+        lost = late & ~success
+        given_up = lost & (tries + 1 >= self.tries) & (count > 0)
+        change = self._pixels((reading.z != problem.x).double())
+        force = self._pixels((reading.z.double() - problem.x.double()).abs() * torch.nan_to_num(reading.gradient, nan=0.0).double().abs())
+        worth = torch.where(success[:, None], torch.where(change > 0, force, -torch.inf), worth)
+        count = torch.where(success, (change > 0).sum(1), count)
+        leaving = torch.where(success, (self.share * count).long().clamp(min=1), torch.where(given_up, leaving // 2, leaving))
+        hopeless = lost & (count == 0) & (tries + 1 >= self.patience)
+        done = aim.done | hopeless | (given_up & (leaving == 0)) | (success & (count <= 1))
+        rank = worth.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
+        chosen = self._spread(rank < (count - leaving)[:, None], problem.x)
+        before = torch.ones_like(chosen) if aim.allowed is None else aim.allowed
+        allowed = torch.where(per_sample(success | given_up, problem.x) > 0, chosen, before)
+        weight = torch.where(lost & ~given_up, aim.weight * self.growth, aim.weight)
+        tries = torch.where(success | given_up, torch.zeros_like(tries), tries + lost)
+        return replace(aim, weight=weight, done=done, memory=(worth, count, leaving, tries), allowed=allowed), success | lost
+
+    def _pixels(self, values: Tensor) -> Tensor:
+        """(B, ...) -> (B, pixels), summed over channels."""
+        return values.sum(1).flatten(1) if self.joined and values.ndim >= 4 else values.flatten(1)
+
+    def _spread(self, chosen: Tensor, like: Tensor) -> Tensor:
+        """(B, pixels) -> (B, ...)."""
+        if self.joined and like.ndim >= 4:
+            return chosen.reshape(len(like), 1, *like.shape[2:]).expand_as(like)
+        return chosen.reshape(like.shape)
+
+
+def _attack(name: str, threat: Projects, schedule: Schedule, steps: int, rounds: int, step: float, kappa: float) -> Attack:
+    if rounds < 1:
+        raise BadInput(f"rounds: {rounds}: must be 1 or more")
+    if kappa < 0 or step <= 0:
+        raise BadInput(f"kappa: {kappa}, step: {step}: kappa must be 0 or more, step more than 0")
+    return Attack(name, threat, margin, TanhAdam(schedule, steps, rounds, step, kappa), steps * rounds, smallest=True)
+
+
+@register(
+    paper="Carlini & Wagner 2017, arXiv 1608.04644, section VI.A",
+    threats=("l2",),
+    kind="smallest",
+    cost="at most steps * rounds forwards and backwards, 1 forward to judge",
+)
+def cw_l2(steps: int = 50, rounds: int = 9, kappa: float = 0.0, step: float = 0.1, threat: Projects | None = None) -> Attack:
+    """Carlini & Wagner's L2 attack: min |change|^2 + c max(kappa - margin, 0) under a tanh, c by bisection.
+
+    Differences from the released code, all for speed: c starts at twice what a linear model would need instead of 1e-3; a
+    round starts at the best success so far, at half the learning rate; samples abort and change rounds one by one; the tanh
+    reaches 2 % past the box, where its slope does not vanish. A failure returns the clean input.
+
+    Args:
+        steps: looks of a round, at most. rounds: values of c. kappa: least margin of a success, in logits. step: Adam's
+            first learning rate, in w.
+    """
+    return _attack("cw_l2", threat or L2(), Bisected(), steps, rounds, step, kappa)
+
+
+@register(
+    paper="Carlini & Wagner 2017, arXiv 1608.04644, section VI.C",
+    threats=("linf",),
+    kind="smallest",
+    cost="at most steps * rounds forwards and backwards, 1 forward to judge",
+)
+def cw_linf(steps: int = 20, rounds: int = 40, kappa: float = 0.0, step: float = 0.1, threat: Projects | None = None) -> Attack:
+    """Carlini & Wagner's Linf attack: min sum max(0, |change| - tau) + c max(kappa - margin, 0), tau falling by 0.9 per success.
+
+    Differences from the released code: c starts where push and pull are of like size instead of 1e-5; where c was doubled in
+    vain, tau is tried again closer (0.95, 0.97, 0.99 of the last success) before the search ends; steps shrink with tau.
+
+    Args:
+        steps: looks of a round, at most. rounds: most rounds (pairs of tau and c). kappa, step: as for `cw_l2`.
+    """
+    return _attack("cw_linf", threat or Linf(), Shrinking(), steps, rounds, step, kappa)
+
+
+@register(
+    paper="Carlini & Wagner 2017, arXiv 1608.04644, section VI.B",
+    threats=("l0", "l0f"),
+    kind="smallest",
+    cost="at most steps * rounds forwards and backwards, 1 forward to judge",
+)
+def cw_l0(steps: int = 20, rounds: int = 40, kappa: float = 0.0, step: float = 0.3, threat: Projects | None = None) -> Attack:
+    """Carlini & Wagner's L0 attack: the L2 attack on ever fewer pixels, until no pixel can be spared.
+
+    Differences from the released code: 20 % of the changed pixels leave after a success instead of 0.3 * sqrt(count), and
+    fewer of them after a failure, where the released code stops.
+
+    Args:
+        steps: looks of a round, at most. rounds: most rounds (pairs of set and c). kappa, step: as for `cw_l2`.
+    """
+    threat = threat or L0()
+    joined = isinstance(threat, L0) and not threat.features
+    return _attack("cw_l0", threat, Dropping(joined), steps, rounds, step, kappa)
