@@ -301,7 +301,7 @@ def test_n():
     assert from_arrays(x, y, n=40).indices.tolist() == list(range(40))
     more = from_arrays(x, y, n=41)
     assert len(more.x) == 40
-    assert more.notes == ("41 samples were asked for, the data has 40; all were taken",)
+    assert more.notes == ("all 40 samples were taken; at most 41 were asked for",)
     state = torch.get_rng_state()
     from_arrays(x, y, n=7)
     assert torch.equal(torch.get_rng_state(), state)

@@ -50,7 +50,7 @@ Outputs = Annotated[str, typer.Option(help="What the model returns: logits, prob
 Classes = Annotated[
     str | None, typer.Option(metavar="NAME,...", help="The model's class names in its order, when folders sort differently.")
 ]
-Count = Annotated[int | None, typer.Option("--n", "-n", min=1, help="At most so many samples, spread over the classes.")]
+Count = Annotated[int, typer.Option("--n", "-n", min=1, help="At most so many samples, spread over the classes.")]
 Seed = Annotated[int, typer.Option(help="Of everything random.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")]
 Batch = Annotated[str, typer.Option(metavar="auto|N", help="Most rows per model call; results do not depend on it.")]
@@ -82,7 +82,7 @@ def audit(
     threat: Annotated[
         list[str] | None, typer.Option("--threat", "-t", help="NAME:RADIUS[,RADIUS]; linf, l2, l1, l0 (pixels), l0f.")
     ] = None,
-    n: Count = None,
+    n: Count = 1000,
     effort: Annotated[Effort, typer.Option(help="How hard to try.")] = Effort.default,
     seed: Seed = 0,
     out: Annotated[
@@ -190,7 +190,7 @@ def attack(
     settings: Annotated[list[str] | None, typer.Option("--set", "-s", metavar="NAME=VALUE", help="An option of the attack.")] = None,
     target: Annotated[int | None, typer.Option(help="Class to reach; any other class by default.")] = None,
     save: Annotated[Path | None, typer.Option(metavar="FILE.npz", help="Keep x, y, x_adv, reached and size.")] = None,
-    n: Count = None,
+    n: Count = 1000,
     seed: Seed = 0,
     mean: Mean = None,
     std: Std = None,
@@ -384,7 +384,7 @@ def _model(source: str, device: str, batch_size: str, options: dict[str, Any]) -
     return open_model(source, batch_size=_batch(batch_size), device=device, **options)
 
 
-def _data(data: str, n: int | None, seed: int, split: str, layout: str, box: str, classes: str | None) -> Dataset:
+def _data(data: str, n: int, seed: int, split: str, layout: str, box: str, classes: str | None) -> Dataset:
     from epsball.data import load_data
 
     names = [name.strip() for name in classes.split(",")] if classes else None

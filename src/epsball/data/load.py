@@ -56,7 +56,7 @@ def _choose(labels: Any, count: int, n: int | None, seed: int) -> tuple[Rows, li
     if n is None or n == count:
         return everything, []
     if n > count:
-        return everything, [f"{n} samples were asked for, the data has {count}; all were taken"]
+        return everything, [f"all {count} samples were taken; at most {n} were asked for"]
     how = "each class in proportion" if labels.ndim == 1 else "at random"
     return subset(labels, n, seed), [f"{n} of {count} samples, {how}, chosen by seed {seed}"]
 
