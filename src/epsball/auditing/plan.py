@@ -33,7 +33,7 @@ def plan(threat: str, effort: str, *, classes: int, single_label: bool, gradient
     if effort not in EFFORTS:
         raise BadInput(f"effort '{effort}': unknown: use one of {', '.join(EFFORTS)}")
     level = EFFORTS.index(effort)
-    draws, steps, restarts = (5, 10, 100)[level], _STEPS[effort], (1, 1, 3)[level]
+    draws, steps, restarts = (5, 10, 100)[level], _steps(threat, effort), (1, 1, 3)[level]
     if not gradients:
         return (Stage(noise(100 * draws, threat=named(threat)), 50 * draws),)
     stages = [Stage(noise(draws, threat=named(threat)), draws // 2), Stage(pgd(10, threat=named(threat), objective=margin), 10)]
@@ -56,9 +56,14 @@ def plan(threat: str, effort: str, *, classes: int, single_label: bool, gradient
     return tuple(stages)
 
 
+def _steps(threat: str, effort: str) -> int:
+    """L1 gets twice the steps: its search has to find the right sparsity as well, and still gains where the others have ended."""
+    return _STEPS[effort] * (2 if threat == "l1" else 1)
+
+
 def deeper(threat: str, effort: str, *, classes: int, single_label: bool) -> AttackLike:
     """The plan's strongest attack again with twice the steps and all the targets: what would more effort still find?"""
-    steps = 2 * _STEPS[effort]
+    steps = 2 * _steps(threat, effort)
     if threat in ("l0", "l0f"):
         return pgd(3 * steps, threat=named(threat), objective=margin)
     if single_label and classes >= 3:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from epsball.core.rows import Rows, concatenate, take
+from epsball.core.steady import steady
 from epsball.core.substitute import Substituted
 from epsball.errors import AccessDenied, BadInput
 
@@ -142,7 +143,7 @@ class Victim:
                 _leave_inference_mode(),
                 _leave_autocast(self.device),
                 _fork_generators(),
-                *(_still(self.model) if isinstance(self.model, nn.Module) else []),
+                *([_still(self.model), steady(self.model)] if isinstance(self.model, nn.Module) else []),
             ]
         return self
 
@@ -202,7 +203,7 @@ class Victim:
         return output if output.dtype is torch.float64 else output.float()
 
 
-def _still(model: nn.Module) -> list[Callable[[], None]]:
+def _still(model: nn.Module) -> Callable[[], None]:
     """Eval mode and frozen parameters, module by module; returns what undoes it."""
     modes = [(module, module.training) for module in model.modules()]
     grads = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
@@ -217,7 +218,7 @@ def _still(model: nn.Module) -> list[Callable[[], None]]:
         for parameter, wanted in grads:
             parameter.requires_grad_(wanted)
 
-    return [restore]
+    return restore
 
 
 def _fork_generators() -> Callable[[], None]:

@@ -1,0 +1,58 @@
+import pytest
+import torch
+from torch import Tensor, nn
+
+import epsball as eb
+from epsball.core.steady import steady
+
+
+def network() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(1, 8, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(512, 32), nn.ReLU(), nn.Linear(32, 10)).eval()
+
+
+def look(model: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
+    leaf = x.clone().requires_grad_()
+    output = model(leaf)
+    (gradient,) = torch.autograd.grad(output.square().sum(), leaf)
+    return output.detach(), gradient
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 5, 7])
+def test_small_batches_give_the_bits_of_large_ones(rows: int) -> None:
+    model, x = network(), eb.load_data("digits", n=64).x
+    restore = steady(model)
+    whole = look(model, x)
+    parts = [look(model, x[i : i + rows]) for i in range(0, 64, rows)]
+    restore()
+    for number in (0, 1):
+        assert torch.equal(torch.cat([part[number] for part in parts]), whole[number])
+
+
+def test_nothing_is_left_behind_and_the_model_sees_its_true_batch() -> None:
+    model, seen = network(), []
+    model[1].register_forward_hook(lambda module, inputs, output: seen.append(len(output)))
+    hooks = [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()]
+    restore = steady(model)
+    assert model(torch.rand(1, 1, 8, 8)).shape == (1, 10)
+    restore()
+    assert seen == [1]
+    assert [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()] == hooks
+
+
+def test_a_call_that_raised_leaves_no_trace_in_the_next() -> None:
+    model = network()
+    restore = steady(model)
+    with pytest.raises(RuntimeError):
+        model(torch.rand(2, 3, 8, 8))
+    assert model(torch.rand(40, 1, 8, 8)).shape == (40, 10)
+    restore()
+
+
+def test_inputs_without_a_batch_axis_and_sequences_pass_untouched() -> None:
+    linear = nn.Linear(4, 3)
+    expected = [linear(torch.ones(shape)) for shape in ((4,), (2, 5, 4))]
+    restore = steady(linear)
+    got = [linear(torch.ones(shape)) for shape in ((4,), (2, 5, 4))]
+    restore()
+    assert all(torch.equal(a, b) for a, b in zip(expected, got, strict=True))
