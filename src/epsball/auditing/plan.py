@@ -38,6 +38,7 @@ def plan(threat: str, effort: str, *, classes: int, single_label: bool, gradient
         return (Stage(noise(100 * draws, threat=named(threat)), 50 * draws),)
     stages = [Stage(noise(draws, threat=named(threat)), draws // 2), Stage(pgd(10, threat=named(threat), objective=margin), 10)]
     if threat in ("l0", "l0f"):
+        restarts = (1, 5, 10)[level]  # which pixels PGD_0 settles on hangs on where it starts
         for objective in (margin, cross_entropy):
             attack = pgd(3 * steps, restarts=restarts, threat=named(threat), objective=objective)
             stages.append(Stage(attack, 3 * steps * restarts))
@@ -65,7 +66,7 @@ def deeper(threat: str, effort: str, *, classes: int, single_label: bool) -> Att
     """The plan's strongest attack again with twice the steps and all the targets: what would more effort still find?"""
     steps = 2 * _steps(threat, effort)
     if threat in ("l0", "l0f"):
-        return pgd(3 * steps, threat=named(threat), objective=margin)
+        return pgd(3 * steps, restarts=5, threat=named(threat), objective=margin)
     if single_label and classes >= 3:
         return apgd_t(steps, targets=min(9, classes - 1), threat=named(threat), objective=margin)
     return apgd(3 * steps, threat=named(threat), objective=margin)
