@@ -199,7 +199,7 @@ def main() -> None:
     x_all, y_all = test_images()
     with torch.no_grad():
         right = (net(x_all).argmax(1) == y_all).nonzero().squeeze(1)
-    machine = f"{torch.get_num_threads()} thread, torch {torch.__version__}, Python {platform.python_version()}"
+    machine = f"{torch.get_num_threads()} thread, torch {torch.__version__.split('+')[0]}, Python {platform.python_version()}"
     lines = [
         "| attack | norm | n | who | success % | median size | forwards | backwards | CPU s |",
         "|---|---|---|---|---|---|---|---|---|",

@@ -166,7 +166,7 @@ def main() -> None:
         return
     data = load_data(str(_mnist()), n=arguments.n, seed=arguments.seed)
     report = eb.audit(models, data, THREATS, effort=arguments.effort, seed=arguments.seed, out=CACHE / "run")
-    machine = f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+    machine = f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__.split('+')[0]}"
     text = [
         "# MNIST: a small CNN, normal and adversarial (PGD-7, Linf 0.3), audited",
         "",

@@ -189,7 +189,7 @@ def main() -> None:
         "",
         f"`python benchmarks/smallest.py --n {arguments.n} --seed {arguments.seed}`; the normally trained CNN of",
         f"`benchmarks/mnist.py`, {len(x)} of {arguments.n} test images that it classifies correctly, untargeted unless said,",
-        f"one thread, torch {torch.__version__}, {platform.processor() or platform.machine()}; peers:",
+        f"one thread, torch {torch.__version__.split('+')[0]}, {platform.processor() or platform.machine()}; peers:",
         f"{versions or 'none'}. Sizes over the images reached, float64; rows per image.",
         *missing,
     ]
