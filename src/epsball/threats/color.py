@@ -20,6 +20,7 @@ from epsball.core.threat import Z
 from epsball.core.victim import Bound
 from epsball.errors import BadInput
 from epsball.threats.flow import boxed
+from epsball.threats.rounding import clipped
 
 Convert = Callable[[Tensor], Tensor]
 
@@ -140,9 +141,7 @@ class Color:
 
     def project(self, x: Tensor, z: Tensor, radius: Tensor) -> Tensor:
         """Clips every displacement, rounded inward."""
-        limit = per_sample(radius, z.double())
-        near = torch.nan_to_num(z, nan=0.0).double().clamp(-limit, limit).to(z.dtype)
-        return torch.where(near.double().abs() > limit, torch.nextafter(near, torch.zeros_like(near)), near)
+        return clipped(z, radius)
 
     def steepest(self, x: Tensor, z: Tensor, gradient: Tensor) -> Tensor:
         """sign(g): grid points that no pixel reads stay."""

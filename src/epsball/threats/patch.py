@@ -16,6 +16,7 @@ from epsball.core.rows import per_sample
 from epsball.core.victim import Bound
 from epsball.errors import BadInput
 from epsball.threats.flow import boxed, images
+from epsball.threats.rounding import clipped
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,9 +70,7 @@ class Patch:
 
     def project(self, x: Tensor, z: Tensor, radius: Tensor) -> Tensor:
         """Clips every change to the radius, rounded inward."""
-        limit = per_sample(radius, z.double())
-        near = torch.nan_to_num(z, nan=0.0).double().clamp(-limit, limit).to(z.dtype)
-        return torch.where(near.double().abs() > limit, torch.nextafter(near, torch.zeros_like(near)), near)
+        return clipped(z, radius)
 
     def steepest(self, x: Tensor, z: Tensor, gradient: Tensor) -> Tensor:
         """sign(g)."""

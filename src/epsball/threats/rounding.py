@@ -7,6 +7,8 @@ import weakref
 import torch
 from torch import Tensor
 
+from epsball.core.rows import per_sample
+
 
 def inward(low: Tensor, high: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """float64 bounds -> `dtype` bounds that are never wider."""
@@ -14,6 +16,13 @@ def inward(low: Tensor, high: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tenso
     down = torch.where(down.double() < low, torch.nextafter(down, torch.full_like(down, torch.inf)), down)
     up = torch.where(up.double() > high, torch.nextafter(up, torch.full_like(up, -torch.inf)), up)
     return down, up
+
+
+def clipped(z: Tensor, radius: Tensor) -> Tensor:
+    """Every entry of z (B, ...) cut to [-radius, radius] of its sample, radius (B,) float64, rounded inward; NaN becomes 0."""
+    limit = per_sample(radius, z.double())
+    near = torch.nan_to_num(z, nan=0.0).double().clamp(-limit, limit).to(z.dtype)
+    return torch.where(near.double().abs() > limit, torch.nextafter(near, torch.zeros_like(near)), near)
 
 
 class Memo:
