@@ -226,7 +226,7 @@ def main() -> None:
 def test_images() -> tuple[Tensor, Tensor]:
     import numpy as np
 
-    with np.load(mnist._mnist(), allow_pickle=False) as file:
+    with np.load(mnist.mnist_file(), allow_pickle=False) as file:
         x, y = torch.from_numpy(file["x_test"][:1000]), torch.from_numpy(file["y_test"][:1000])
     return x.float()[:, None] / 255, y.long()
 

@@ -7,91 +7,29 @@ benchmarks/results/mnist.md. About 20 minutes on 2 cores, of which the adversari
 from __future__ import annotations
 
 import argparse
-import os
 import platform
-import time
 from pathlib import Path
 
-import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
-from torch.nn import functional
+from torch import nn
 
 import epsball as eb
 from epsball.auditing.results import Report
-from epsball.core import Victim
 from epsball.data import Dataset, load_data
+from nets import CACHE, mnist_file, trained
 
-HERE = Path(__file__).parent
-CACHE, RESULTS = HERE / "cache", HERE / "results"
+RESULTS = Path(__file__).parent / "results"
 THREATS = ("linf:0.1,0.2,0.3", "l2:2", "l1:10")
-
-
-def network() -> nn.Module:
-    """Two strided convolutions and two linear layers on (B, 1, 28, 28): 166,406 parameters."""
-    return nn.Sequential(
-        nn.Conv2d(1, 16, 4, stride=2, padding=1),
-        nn.ReLU(),
-        nn.Conv2d(16, 32, 4, stride=2, padding=1),
-        nn.ReLU(),
-        nn.Flatten(),
-        nn.Linear(32 * 7 * 7, 100),
-        nn.ReLU(),
-        nn.Linear(100, 10),
-    )
 
 
 def standard() -> nn.Module:
     """The normally trained network (for `epsball audit benchmarks/mnist.py:standard`)."""
-    return _trained("standard", epochs=5, radius=0.0)
+    return trained("mnist-standard")
 
 
 def robust() -> nn.Module:
     """The network trained on PGD-7 within Linf 0.3."""
-    return _trained("robust", epochs=15, radius=0.3)
-
-
-def _arrays() -> tuple[Tensor, Tensor]:
-    with np.load(_mnist(), allow_pickle=False) as file:
-        return torch.from_numpy(file["x_train"]).float()[:, None] / 255, torch.from_numpy(file["y_train"]).long()
-
-
-def _mnist() -> Path:
-    root = os.environ.get("EPSBALL_DATA")
-    if not root:
-        raise SystemExit("EPSBALL_DATA is not set: point it at a folder with mnist/mnist.npz")
-    return Path(root) / "mnist" / "mnist.npz"
-
-
-def _trained(name: str, epochs: int, radius: float, batch: int = 128) -> nn.Module:
-    """Adam, one-cycle rate, radius warm-up over the first fifth; PGD-7 inside where the radius is not 0."""
-    path, model = CACHE / f"mnist-{name}.safetensors", network()
-    if path.exists():
-        model.load_state_dict(load_file(path))
-        return model.eval()
-    torch.manual_seed(0)
-    model, (x_train, y_train) = network(), _arrays()
-    steps = epochs * (len(x_train) // batch)
-    optimizer = torch.optim.Adam(model.parameters())
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=steps)
-    attack, step = eb.attacks.pgd(steps=7), 0
-    for epoch in range(epochs):
-        started = time.perf_counter()
-        for rows in torch.randperm(len(x_train))[: len(x_train) // batch * batch].split(batch):
-            x, y = x_train[rows], y_train[rows]
-            step += 1
-            if radius:
-                x = attack(Victim(model), x, y, radius * min(1.0, step / (steps / 5)), seed=step, drop=False).x_adv
-            optimizer.zero_grad()
-            loss = functional.cross_entropy(model(x), y)
-            loss.backward()
-            optimizer.step()
-            schedule.step()
-        print(f"{name}: epoch {epoch + 1} of {epochs}, loss {loss.item():.3f}, {time.perf_counter() - started:.0f} s", flush=True)
-    CACHE.mkdir(exist_ok=True)
-    save_file(model.state_dict(), path)
-    return model.eval()
+    return trained("mnist-robust")
 
 
 def table(report: Report) -> str:
@@ -164,7 +102,7 @@ def main() -> None:
     models = {"mnist-standard": standard(), "mnist-robust": robust()}
     if arguments.train_only:
         return
-    data = load_data(str(_mnist()), n=arguments.n, seed=arguments.seed)
+    data = load_data(str(mnist_file()), n=arguments.n, seed=arguments.seed)
     report = eb.audit(models, data, THREATS, effort=arguments.effort, seed=arguments.seed, out=CACHE / "run")
     machine = f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__.split('+')[0]}"
     text = [

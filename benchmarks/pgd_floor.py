@@ -148,7 +148,7 @@ def dropping() -> dict[str, float]:
     sys.path.insert(0, str(HERE))
     import mnist
 
-    data = eb.load_data(str(mnist._mnist()), n=N, seed=0)
+    data = eb.load_data(str(mnist.mnist_file()), n=N, seed=0)
     model, found = mnist.standard(), {}
     for drop in (True, False):
         outcome = eb.attacks.pgd(steps=STEPS)(Victim(model), data.x, data.y, 0.2, drop=drop)

@@ -175,7 +175,7 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     model = mnist.standard().requires_grad_(False)
-    data = eb.load_data(str(mnist._mnist()), n=arguments.n, seed=arguments.seed)
+    data = eb.load_data(str(mnist.mnist_file()), n=arguments.n, seed=arguments.seed)
     right = model(data.x).argmax(1) == data.y
     x, y = data.x[right], data.y[right]
     found, missing = peers()
