@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from epsball import load_data, load_model
 from epsball.attacks import get
-from epsball.attacks.smallest import smallest
+from epsball.attacks.smallest import bisection
 from epsball.core import Targeted, Untargeted, Victim
 from epsball.errors import BadInput
 
@@ -130,7 +130,7 @@ def test_neither_scale_nor_shift_of_the_logits_matters() -> None:
 def test_digits_against_bisection(network: str) -> None:
     model, data = load_model(network), load_data("digits", n=10, seed=0)
     for (name, threat), limit in zip(PAIRS, (1.03, 1.15, 1.2), strict=True):
-        best = smallest(threat, steps=15, rounds=6)(model, data.x, data.y)
+        best = bisection(threat, steps=15, rounds=6)(model, data.x, data.y)
         outcome = get(name, threat=threat)(model, data.x, data.y, torch.inf)
         assert bool(outcome.reached.all())
         ratio = float((outcome.size / best.size).median())

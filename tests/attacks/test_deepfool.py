@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import epsball as eb
 from epsball.attacks import deepfool, get, superdeepfool
+from epsball.attacks.smallest import bisection
 from epsball.core import Aimed, LabelsChanged, Targeted, Victim
 from epsball.errors import BadInput
 from epsball.models.digits import load
@@ -129,7 +130,7 @@ def test_digits_against_the_best_search(model: str) -> None:
     net, data = load(model), eb.data.load_data("digits", n=40)
     right = net(data.x).argmax(1) == data.y
     x, y = data.x[right], data.y[right]
-    best = eb.smallest("l2", steps=20, rounds=6)(net, x, y, None).size.median()
+    best = bisection("l2", steps=20, rounds=6)(net, x, y, None).size.median()
     plain, turned = (get(name)(net, x, y, torch.inf) for name in ("deepfool", "superdeepfool"))
     assert bool(plain.reached.all() & turned.reached.all())
     assert float(plain.size.median() / best) < 1.7

@@ -11,7 +11,7 @@ from lawkit import answers, bench, check_legal, check_replay, linear, rng, tenso
 
 from epsball import load_data, load_model
 from epsball.attacks import get
-from epsball.attacks.smallest import smallest
+from epsball.attacks.smallest import bisection
 from epsball.core import Victim
 from epsball.errors import BadInput
 
@@ -76,7 +76,7 @@ def test_a_failure_returns_the_clean_image() -> None:
 @pytest.mark.parametrize("network", ["digits-standard", "digits-robust"])
 def test_digits_against_bisection(network: str) -> None:
     model, data = load_model(network), load_data("digits", n=16, seed=0)
-    best = smallest("l1", steps=20, rounds=7)(model, data.x, data.y)
+    best = bisection("l1", steps=20, rounds=7)(model, data.x, data.y)
     outcome = get("ead")(model, data.x, data.y, torch.inf)
     assert bool(outcome.reached.all())
     assert float((outcome.size / best.size).median()) <= 1.15

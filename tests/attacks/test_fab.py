@@ -14,6 +14,7 @@ from torch import Tensor, nn
 import epsball as eb
 from epsball.attacks import fab, fab_t, get
 from epsball.attacks.fab import onto_plane_l1, onto_plane_l2, onto_plane_linf
+from epsball.attacks.smallest import bisection
 from epsball.core import Targeted
 from epsball.errors import BadInput
 from epsball.models.digits import load
@@ -153,7 +154,7 @@ def test_digits_against_the_best_search(model: str, threat: str, worst: float) -
     net, data = load(model), eb.data.load_data("digits", n=30)
     right = net(data.x).argmax(1) == data.y
     x, y = data.x[right], data.y[right]
-    best = eb.smallest(threat, steps=20, rounds=6)(net, x, y, None).size.median()
+    best = bisection(threat, steps=20, rounds=6)(net, x, y, None).size.median()
     outcome = get("fab", threat=threat, steps=20)(net, x, y, torch.inf)
     assert float(outcome.reached.double().mean()) > 0.9
     assert float(outcome.size.median() / best) < worst

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 import epsball as eb
 from epsball.attacks import get, jsma
 from epsball.attacks import jsma as module
+from epsball.attacks.jsma import Outputs, logits, probabilities
+from epsball.attacks.smallest import bisection
 from epsball.core import Targeted
 from epsball.errors import BadInput
 from epsball.models.digits import load
@@ -55,9 +57,14 @@ def test_the_best_pair_is_that_of_brute_force(seed: int, entries: int, monkeypat
             assert float((gain[row, p] + gain[row, q]) * (loss[row, p] + loss[row, q])) == pytest.approx(best, rel=1e-12)
 
 
-def saliency(model: nn.Module, x: Tensor, target: int, theta: float) -> Tensor:
+def saliency(model: nn.Module, x: Tensor, target: int, theta: float, outputs: Outputs) -> Tensor:
     """Eq. (8) and (9) as they are written, for one input, from the whole Jacobian; times how far each feature can move."""
-    jacobian = torch.autograd.functional.jacobian(lambda v: model(v[None])[0], x).reshape(-1, x.numel())
+
+    def answer(v: Tensor) -> Tensor:
+        output: Tensor = model(v[None])[0]
+        return output.softmax(0) if outputs is probabilities else output
+
+    jacobian = torch.autograd.functional.jacobian(answer, x).reshape(-1, x.numel())
     own = jacobian[target]
     others = jacobian.sum(0) - own
     if theta > 0:
@@ -68,15 +75,16 @@ def saliency(model: nn.Module, x: Tensor, target: int, theta: float) -> Tensor:
     return map_ * room.square()
 
 
+@pytest.mark.parametrize("outputs", [probabilities, logits])
 @pytest.mark.parametrize("theta", [1.0, 0.2, -1.0, -0.3])
-def test_the_most_salient_feature_moves_by_theta(theta: float) -> None:
+def test_the_most_salient_feature_moves_by_theta(theta: float, outputs: Outputs) -> None:
     b = bench(4, n=10, wrong=0)
     targets = (b.labels + 1) % 4
     x = b.x.double()
-    outcome = jsma(steps=1, theta=theta, pairs=False)(b.model, x, Targeted(targets), torch.inf)
+    outcome = jsma(steps=1, theta=theta, pairs=False, outputs=outputs)(b.model, x, Targeted(targets), torch.inf)
     moved = 0
     for row in range(len(x)):
-        map_ = saliency(b.model, x[row], int(targets[row]), theta)
+        map_ = saliency(b.model, x[row], int(targets[row]), theta, outputs)
         step = (outcome.x_adv[row] - x[row]).flatten()
         if float(map_.max()) == 0 or not bool(step.any()):  # no salient feature, or the move made it worse and the clean input won
             continue
@@ -99,20 +107,34 @@ def test_targets_theta_and_gamma() -> None:
     assert bool((down.x_adv <= x).all())
     few = jsma(gamma=0.1)(model, x, Targeted(targets), torch.inf)
     assert int(few.size.max()) <= 2  # floor(0.1 * 20 / 2) = 1 pair
-    assert int(few.backwards.max()) <= 2 * 2  # one move, one look that finds gamma spent
+    assert int(few.backwards.max()) <= 2  # one move, one look that finds gamma spent
     assert bool((few.reached <= jsma()(model, x, Targeted(targets), torch.inf).reached).all())
     for bad in ({"gamma": 1.5}, {"gamma": -0.1}, {"steps": -1}):
         with pytest.raises(BadInput):
             jsma(**bad)
 
 
+@pytest.mark.parametrize(("outputs", "each"), [(probabilities, 1), (logits, 2)])
 @pytest.mark.parametrize("classes", [2, 3, 30])
-def test_the_cost_does_not_hang_on_the_number_of_classes(classes: int) -> None:
+def test_the_cost_does_not_hang_on_the_number_of_classes(classes: int, outputs: Outputs, each: int) -> None:
     model = linear(12, classes, gain=6).double()
     x = tensor(rng(4).random((10, 12)), torch.float64)
-    outcome = jsma(steps=4)(model, x, model(x).argmax(1), torch.inf)
-    assert bool((outcome.backwards % 2 == 0).all())
-    assert int(outcome.backwards.max()) <= 2 * 4
+    outcome = jsma(steps=4, outputs=outputs)(model, x, model(x).argmax(1), torch.inf)
+    assert bool((outcome.backwards % each == 0).all())
+    assert each <= int(outcome.backwards.max()) <= each * 4
+
+
+def test_probabilities_far_below_the_smallest_number_still_have_a_direction() -> None:
+    weights = torch.zeros(2, 6)
+    weights[1] = torch.tensor([1.0, 5.0, 2.0, 9.0, 3.0, 4.0])
+    x = torch.zeros(1, 6)
+
+    def model(x: Tensor) -> Tensor:
+        return 1e4 * (x @ weights.T.to(x) + torch.tensor([13.5, 0.0]).to(x))  # p_1 = exp(-135,000) at x
+
+    outcome = jsma(steps=1)(model, x, Targeted(torch.tensor([1])), torch.inf)
+    assert bool(outcome.reached[0])
+    assert outcome.x_adv[0].nonzero().squeeze(1).tolist() == [1, 3]
 
 
 def test_failure_returns_clean_and_costs_little() -> None:
@@ -140,5 +162,5 @@ def test_digits() -> None:
     right = net(data.x).argmax(1) == data.y
     outcome = get("jsma")(net, data.x[right], data.y[right], torch.inf)
     assert float(outcome.reached.double().mean()) > 0.85
-    best = eb.smallest("l0f", steps=20, rounds=6)(net, data.x[right], data.y[right], None).size.median()
+    best = bisection("l0f", steps=20, rounds=6)(net, data.x[right], data.y[right], None).size.median()
     assert float(outcome.size[outcome.reached].median()) <= 4 * float(best)

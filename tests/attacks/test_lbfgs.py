@@ -12,7 +12,7 @@ from lawkit import answers, bench, check_finite_differences, check_legal, check_
 from epsball import load_data, load_model
 from epsball.attacks import get
 from epsball.attacks.lbfgs import _Memory, likelihood
-from epsball.attacks.smallest import smallest
+from epsball.attacks.smallest import bisection
 from epsball.core import Targeted, Untargeted, Victim, autograd
 from epsball.errors import BadInput
 
@@ -98,7 +98,7 @@ def test_a_failure_returns_the_clean_image() -> None:
 @pytest.mark.parametrize("network", ["digits-standard", "digits-robust"])
 def test_digits_against_bisection(network: str) -> None:
     model, data = load_model(network), load_data("digits", n=16, seed=0)
-    best = smallest("l2", steps=20, rounds=7)(model, data.x, data.y)
+    best = bisection("l2", steps=20, rounds=7)(model, data.x, data.y)
     outcome = get("lbfgs")(model, data.x, data.y, torch.inf)
     assert bool(outcome.reached.all())
     assert float((outcome.size / best.size).median()) <= 1.02

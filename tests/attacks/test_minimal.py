@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from epsball import load_data, load_model
 from epsball.attacks import get
 from epsball.attacks.minimal import Bracket, Round, first_weight
-from epsball.attacks.smallest import smallest
+from epsball.attacks.smallest import bisection
 from epsball.core import Reading, Victim
 from epsball.errors import BadInput
 from epsball.objectives import margin
@@ -117,7 +117,7 @@ def test_digits_against_bisection(network: str) -> None:
     model, data = load_model(network), load_data("digits", n=10, seed=0)
     limits = {("ddn", "l2"): 1.03, ("fmn", "l2"): 1.06, ("fmn", "linf"): 1.12, ("fmn", "l1"): 1.1, ("fmn", "l0"): 1.4}
     for (name, threat), limit in limits.items():
-        best = smallest(threat, steps=15, rounds=6)(model, data.x, data.y)
+        best = bisection(threat, steps=15, rounds=6)(model, data.x, data.y)
         outcome = get(name, threat=threat)(model, data.x, data.y, torch.inf)
         assert bool(outcome.reached.all())
         ratio = float((outcome.size / best.size).median())

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 import epsball as eb
 from epsball.attacks import get, pdpgd, sigma_zero
 from epsball.attacks.pdpgd import shrunk
+from epsball.attacks.smallest import bisection
 from epsball.core import Targeted
 from epsball.errors import BadInput
 from epsball.models.digits import load
@@ -122,4 +123,4 @@ def test_sigma_zero_on_digits_is_no_worse_than_bisected_pgd(model: str) -> None:
     x, y = data.x[right], data.y[right]
     outcome = get("sigma_zero", steps=100)(net, x, y, torch.inf)
     assert bool(outcome.reached.all())
-    assert float(outcome.size.median()) <= float(eb.smallest("l0f", steps=20, rounds=6)(net, x, y, None).size.median())
+    assert float(outcome.size.median()) <= float(bisection("l0f", steps=20, rounds=6)(net, x, y, None).size.median())

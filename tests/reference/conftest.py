@@ -1,1 +1,1 @@
-collect_ignore = ["record_apgd.py"]  # needs the official AutoAttack code, which the tests do not
+collect_ignore = ["record_apgd.py", "record_smallest.py"]  # need the peers, which the tests do not

@@ -1,8 +1,10 @@
-"""Rebuild the recorded models, cases and suite results of the official AutoAttack code from `apgd.npz`.
+"""Rebuild the recorded models, cases and suite results of the official AutoAttack code, and the peers' smallest changes.
 
-Needs torch and numpy only. What every array means, and how closely to expect agreement, is in README.md beside this file.
+From `apgd.npz` and `smallest.npz`; needs torch and numpy only. What every array means, and how closely to expect agreement, is in
+README.md beside this file.
 """
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -165,3 +167,46 @@ def _standard(record: dict[str, np.ndarray[Any, Any]], models: dict[str, nn.Modu
             )
         )
     return runs
+
+
+SMALLEST = Path(__file__).with_name("smallest.npz")
+
+
+@dataclass(frozen=True, eq=False)
+class Search:
+    """One search of a peer for the smallest change, and what of ours is to be compared with it."""
+
+    peer: str
+    model: str
+    attack: str  # ours
+    threat: str
+    options: dict[str, Any]  # ours: as many steps as the peer made
+    settings: str  # the peer's
+    targeted: bool
+    size: Tensor  # (N,) float64, +inf where the peer did not reach its goal
+
+    @property
+    def name(self) -> str:
+        return f"{self.peer}/{self.attack}/{self.threat}/{self.model}/{self.settings}"
+
+
+@dataclass(frozen=True, eq=False)
+class Smallest:
+    x: Tensor
+    y: Tensor
+    targets: dict[str, Tensor]  # by model: the second most likely class
+    searches: list[Search]
+
+
+def load_smallest(path: Path = SMALLEST) -> Smallest:
+    """Read the record of the peers' smallest changes; the models are those of `load_reference`."""
+    with np.load(path, allow_pickle=False) as archive:
+        record = {name: archive[name] for name in archive.files}
+    words = [[str(word) for word in record[f"search/{key}"]] for key in ("peer", "model", "attack", "threat", "options", "settings")]
+    sizes, aimed = torch.from_numpy(record["search/size"]), record["search/targeted"].tolist()
+    searches = [
+        Search(peer, model, attack, threat, json.loads(options), settings, targeted, size)
+        for peer, model, attack, threat, options, settings, targeted, size in zip(*words, aimed, sizes, strict=True)
+    ]
+    targets = {name: torch.from_numpy(record[f"target/{name}"]).long() for name in architectures()}
+    return Smallest(images(record["x"]), torch.from_numpy(record["y"]).long(), targets, searches)

@@ -7,14 +7,17 @@ from epsball.attacks.cw import cw_l0, cw_l2, cw_linf
 from epsball.attacks.deepfool import deepfool, superdeepfool
 from epsball.attacks.ead import ead
 from epsball.attacks.fab import fab, fab_t
+from epsball.attacks.inward import corners
 from epsball.attacks.jsma import jsma
 from epsball.attacks.lbfgs import lbfgs
+from epsball.attacks.linear import linear_smallest, linear_worst_case
 from epsball.attacks.minimal import ddn, fmn
 from epsball.attacks.noise import noise
 from epsball.attacks.pdpgd import pdpgd
 from epsball.attacks.pgd import bim, fgsm, mi_fgsm, pgd
 from epsball.attacks.registry import Entry, entries, get
 from epsball.attacks.sigma_zero import sigma_zero
+from epsball.attacks.smallest import Nearest, bisection, nearest
 from epsball.attacks.spatial import recoloradv, rotation_translation, stadv
 from epsball.attacks.targets import by_logit, malt
 from epsball.attacks.transfer import di_fgsm, ensemble, ni_fgsm, si_fgsm, ti_fgsm, vmi_fgsm
@@ -24,6 +27,7 @@ __all__ = [
     "Cascade",
     "Entry",
     "EveryTarget",
+    "Nearest",
     "Restarts",
     "SmallestRadius",
     "UniversalGradient",
@@ -32,7 +36,9 @@ __all__ = [
     "apgd_dlr",
     "apgd_t",
     "bim",
+    "bisection",
     "by_logit",
+    "corners",
     "cross_model_table",
     "cw_l0",
     "cw_l2",
@@ -51,8 +57,11 @@ __all__ = [
     "get",
     "jsma",
     "lbfgs",
+    "linear_smallest",
+    "linear_worst_case",
     "malt",
     "mi_fgsm",
+    "nearest",
     "ni_fgsm",
     "noise",
     "pdpgd",

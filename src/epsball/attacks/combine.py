@@ -15,7 +15,7 @@ from epsball.errors import BadInput
 
 
 @dataclass(frozen=True)
-class _Case:
+class Case:
     """One call's arguments, checked once, with the clean outputs that every stage shares."""
 
     victim: Victim
@@ -25,21 +25,23 @@ class _Case:
     clean: Tensor
     queries: int  # rows forward per sample spent on the clean outputs
 
-    def take(self, rows: Tensor) -> _Case:
+    def take(self, rows: Tensor) -> Case:
+        """The same call for some of the samples."""
         return replace(self, x=self.x[rows], goal=self.goal.take(rows), radius=self.radius[rows], clean=self.clean[rows])
 
 
-def _open(model: Model, x: Tensor, goal: Goal | Tensor, radius: float | Tensor, clean: Tensor | None) -> _Case:
+def opened(model: Model, x: Tensor, goal: Goal | Tensor, radius: float | Tensor, clean: Tensor | None) -> Case:
+    """Checks the arguments of a call and asks for the clean outputs if nobody has them."""
     victim = Victim.of(model)
     x, aim = moved(x, victim.device), moved(as_goal(goal), victim.device)
     radii = check_inputs(victim, x, aim, radius)
     asked = clean is None
     clean = victim.outputs(x, Tally.zeros(len(x))) if clean is None else moved(clean, victim.device)
     check_labels(aim, clean)
-    return _Case(victim, x, aim, radii, clean, int(asked))
+    return Case(victim, x, aim, radii, clean, int(asked))
 
 
-def _nothing(case: _Case, threat: Projects, steps: int) -> Outcome:
+def nothing(case: Case, threat: Projects, steps: int) -> Outcome:
     """The outcome before any stage: clean inputs, with what the clean answers already say."""
     n, none = len(case.x), torch.zeros(len(case.x), dtype=torch.int64)
     return Outcome(
@@ -58,9 +60,9 @@ def _nothing(case: _Case, threat: Projects, steps: int) -> Outcome:
 def merged(whole: Outcome, rows: Tensor, part: Outcome, smallest: bool = False) -> Outcome:
     """`whole` with the better of both at `rows` (R,), and the costs added: per-sample union, no success is ever lost."""
     had = whole.reached[rows]
-    rank = part.size < whole.size[rows] if smallest else part.score > whole.score[rows]
     # Scores of two objectives do not compare, but any success beats any failure and ties keep the first.
-    win = (part.reached & ~had) | ((part.reached == had) & rank & (~had | torch.tensor(smallest)))
+    smaller = (part.size < whole.size[rows]) & smallest
+    win = torch.where(had, part.reached & smaller, part.reached | (part.score > whole.score[rows]))
     places, won = rows[win], win.nonzero().squeeze(1)
     flags = {name: whole.flags[name].index_put((rows,), whole.flags[name][rows] | part.flags[name]) for name in whole.flags}
     spent = rows.cpu()
@@ -77,12 +79,12 @@ def merged(whole: Outcome, rows: Tensor, part: Outcome, smallest: bool = False) 
     )
 
 
-Stage = Callable[[_Case, Tensor], Outcome]
+Stage = Callable[[Case, Tensor], Outcome]
 
 
-def _union(case: _Case, threat: Projects, stages: list[Stage], steps: int, drop: bool) -> Outcome:
+def _union(case: Case, threat: Projects, stages: list[Stage], steps: int, drop: bool) -> Outcome:
     """Runs stages in turn, each on the samples that no stage before it has broken (all that began unbroken if not `drop`)."""
-    whole = _nothing(case, threat, steps)
+    whole = nothing(case, threat, steps)
     begun = ~whole.reached & ~whole.flags["invalid"]
     for stage in stages:
         rows = ((begun & ~whole.reached) if drop else begun).nonzero().squeeze(1)
@@ -128,7 +130,7 @@ class Restarts:
             return lambda c, _: self.attack(c.victim, c.x, c.goal, c.radius, key, clean=c.clean, drop=drop, watch=watch)
 
         with Victim.of(model) as victim:
-            case = _open(victim, x, goal, radius, clean)
+            case = opened(victim, x, goal, radius, clean)
             return _union(case, self.threat.within(case.victim.box), [stage(number) for number in range(self.count)], self.count, drop)
 
     def __repr__(self) -> str:
@@ -172,7 +174,7 @@ class Cascade:
             return lambda c, _: attack(c.victim, c.x, c.goal, c.radius, seed, clean=c.clean, drop=drop, watch=watch)
 
         with Victim.of(model) as victim:
-            case = _open(victim, x, goal, radius, clean)
+            case = opened(victim, x, goal, radius, clean)
             return _union(case, self.threat.within(case.victim.box), [stage(attack) for attack in self.attacks], len(self.attacks), drop)
 
     def __repr__(self) -> str:
@@ -215,7 +217,7 @@ class EveryTarget:
     ) -> Outcome:
         """As `Attack.__call__`, for untargeted goals. Cost: that of the order, then at most `count` times the attack's."""
         with Victim.of(model) as victim:
-            case = _open(victim, x, goal, radius, clean)
+            case = opened(victim, x, goal, radius, clean)
             if not isinstance(case.goal, Untargeted):
                 raise BadInput(f"attack '{self.name}': chooses its own targets, so it takes labels only: use the inner attack for a target")
             labels, count = case.goal.labels, min(self.count, case.clean.shape[1] - 1)
@@ -228,7 +230,7 @@ class EveryTarget:
                 targets = targets.index_copy(0, begun, ordered)
 
             def stage(rank: int) -> Stage:
-                def run_stage(c: _Case, rows: Tensor) -> Outcome:
+                def run_stage(c: Case, rows: Tensor) -> Outcome:
                     aimed = Aimed(labels[rows], targets[rows, rank])
                     key = Key.of(seed).fold("target", rank)
                     return self.attack(c.victim, c.x, aimed, c.radius, key, clean=c.clean, drop=drop, watch=watch)
@@ -281,8 +283,8 @@ class SmallestRadius:
         """
         with Victim.of(model) as victim:
             box_reach = self.threat.within(victim.box).reach(x.to(victim.device)) if radius is None else radius
-            case = _open(victim, x, goal, box_reach, clean)
-            whole = _nothing(case, self.threat.within(case.victim.box), self.rounds)
+            case = opened(victim, x, goal, box_reach, clean)
+            whole = nothing(case, self.threat.within(case.victim.box), self.rounds)
             low, high = torch.zeros_like(case.radius), case.radius.clone()
             rows = (~whole.reached & ~whole.flags["invalid"]).nonzero().squeeze(1)
             for number in range(self.rounds + 1):

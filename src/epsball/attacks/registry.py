@@ -7,11 +7,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from epsball.core import AttackLike
+from epsball.core import AttackLike, Projects
 from epsball.core.victim import Access
 from epsball.errors import BadInput
 from epsball.objectives import OBJECTIVES
-from epsball.threats import named
+from epsball.threats import kind_of, named
 
 Recipe = Callable[..., AttackLike]
 R = TypeVar("R", bound=Recipe)
@@ -23,8 +23,10 @@ class Entry:
 
     Attributes:
         name, recipe, paper: how it is called, the function, the source.
-        access: what it needs of the model. threats: names it works under. targeted: has a targeted form.
+        access: what it needs of the model. targeted: has a targeted form.
+        threats: names it works under; `compose` stands for every composition.
         kind: "fixed" (best within a radius) or "smallest" (smallest change). cost: forwards and backwards per sample.
+        any_model: works on every classifier; else `entries` leaves it out, and `get` still knows it.
     """
 
     name: str
@@ -35,6 +37,7 @@ class Entry:
     targeted: bool
     kind: str
     cost: str
+    any_model: bool = True
 
     @property
     def summary(self) -> str:
@@ -44,6 +47,8 @@ class Entry:
 
 _ENTRIES: dict[str, Entry] = {}
 _ALL = ("linf", "l2", "l1", "l0", "l0f")
+EVERY = (*_ALL, "flow", "color", "color-luv", "rigid", "patch", "compose")
+"""All threats, for recipes that ask a threat for nothing but what `Projects` promises."""
 
 
 def register(
@@ -54,24 +59,25 @@ def register(
     threats: tuple[str, ...] = _ALL,
     targeted: bool = True,
     kind: str = "fixed",
+    any_model: bool = True,
 ) -> Callable[[R], R]:
-    """Enters a recipe under its function name; everything entered is run through the laws by the tests."""
+    """Enters a recipe under its function name; everything entered for any model is run through the laws by the tests."""
 
     def enter(recipe: R) -> R:
         name = recipe.__name__
-        _ENTRIES[name] = Entry(name, recipe, paper, access, threats, targeted, kind, cost)
+        _ENTRIES[name] = Entry(name, recipe, paper, access, threats, targeted, kind, cost, any_model)
         return recipe
 
     return enter
 
 
 def entries() -> dict[str, Entry]:
-    """All entries, by name."""
-    return dict(sorted(_ENTRIES.items()))
+    """All entries that work on any model, by name."""
+    return {name: entry for name, entry in sorted(_ENTRIES.items()) if entry.any_model}
 
 
-def get(name: str, *, threat: str | None = None, **options: Any) -> AttackLike:
-    """The attack of that name, with options of its recipe; `threat` by name (linf, l2, l1, l0, l0f).
+def get(name: str, *, threat: str | Projects | None = None, **options: Any) -> AttackLike:
+    """The attack of that name, with options of its recipe; `threat` by name (linf, flow, ...) or as an object.
 
     Raises:
         BadInput: unknown name, option or threat, with what there is instead.
@@ -92,7 +98,8 @@ def get(name: str, *, threat: str | None = None, **options: Any) -> AttackLike:
             raise BadInput(f"objective '{options['objective']}': unknown: use one of {', '.join(OBJECTIVES)}")
         options["objective"] = OBJECTIVES[options["objective"]]
     if threat is not None:
-        if threat not in entry.threats:
-            raise BadInput(f"attack '{name}': has no threat '{threat}': it works under {', '.join(entry.threats)}")
-        options["threat"] = named(threat)
+        kind = threat if isinstance(threat, str) else kind_of(threat)
+        if kind not in entry.threats:
+            raise BadInput(f"attack '{name}': has no threat '{kind}': it works under {', '.join(entry.threats)}")
+        options["threat"] = named(threat) if isinstance(threat, str) else threat
     return entry.recipe(**options)

@@ -333,6 +333,10 @@ class L0:
         kept = self._keep(x, boxed, self._pixels(gain).sum(1), radius)
         return torch.where(per_sample(legal, x) > 0, boxed, kept)
 
+    def most(self, x: Tensor, z: Tensor, slope: Tensor, radius: Tensor) -> Tensor:
+        """z on the floor(radius) pixels where it gains most along `slope` (B, ...), x elsewhere."""
+        return self._keep(x, z, self._pixels(slope * (z - x)).sum(1), radius)
+
     def steepest(self, x: Tensor, z: Tensor, gradient: Tensor) -> Tensor:
         """g scaled to a mean absolute value of 1, as in PGD_0 (Croce & Hein 2019, arXiv 1909.05040): L0 has no dual vector."""
         return normalized(gradient, 1) * gradient[0].numel()

@@ -1,0 +1,142 @@
+"""From an input that fools the model inward to the clean one: the last phases of the search for the smallest change."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from epsball.attacks.registry import register
+from epsball.core import Attack, Gradient, Problem, Projects, Reading, autograd
+from epsball.core.rows import per_sample
+from epsball.core.rule import normalized
+from epsball.errors import BadInput
+from epsball.objectives import margin
+from epsball.threats import L0, Linf
+
+
+@dataclass(frozen=True)
+class _Way:
+    """Where a walk stands: at z inside `radius` (B,); `best` (B,) is the smallest success, +inf before the first."""
+
+    z: Tensor
+    radius: Tensor
+    best: Tensor
+    slope: Tensor
+    looks: int
+    steps: int
+
+
+def _begin(problem: Problem, start: Tensor | None, steps: int) -> _Way:
+    start = problem.x if start is None else start
+    if start.shape != problem.x.shape:
+        raise BadInput(f"start: {tuple(start.shape)} for inputs {tuple(problem.x.shape)}: give one point per input still searched")
+    z = problem.threat.project(problem.x, start.to(problem.x), problem.radius)
+    nothing = torch.full_like(problem.radius, torch.inf)
+    return _Way(z, problem.threat.size(problem.x, z), nothing, torch.zeros_like(z), 0, max(steps, 1))
+
+
+def _seen(problem: Problem, reading: Reading, state: _Way) -> tuple[Tensor, Tensor]:
+    """(whether this look is a success (B,), the smallest size of all successes (B,))."""
+    hit = problem.goal.reached(reading.output)
+    size = problem.threat.size(problem.x, reading.z)
+    return hit, torch.where(hit, torch.minimum(state.best, size), state.best)
+
+
+@dataclass(frozen=True)
+class Inward:
+    """A step along the gradient, then back into a ball that shrinks at a success and grows elsewhere, from `start` (B, ...).
+
+    The update is FMN's (Pintor et al. 2021, arXiv 2102.12827, Algorithm 1) from an adversarial start; steps are shares of the
+    smallest success so far, along the sign of the gradient under Linf and the gradient itself elsewhere.
+
+    Attributes:
+        start: where each sample begins. share: first step, in sizes of the smallest success. gamma: first share by which the
+            ball moves. Both fall like half a cosine, to a hundredth.
+    """
+
+    start: Tensor
+    share: float = 0.3
+    gamma: float = 0.05
+    gradient: Gradient = autograd
+
+    def init(self, problem: Problem, steps: int) -> _Way:
+        """At the start."""
+        return _begin(problem, self.start, steps)
+
+    def step(self, problem: Problem, state: _Way) -> tuple[Reading, _Way]:
+        """One look, one move."""
+        reading = self.gradient(problem, state.z)
+        hit, best = _seen(problem, reading, state)
+        fall = 0.01 + 0.99 * (1 + math.cos(math.pi * state.looks / state.steps)) / 2
+        gamma, known = self.gamma * fall, torch.isfinite(best)
+        grown = torch.minimum(state.radius * (1 + gamma), torch.where(known, best * (1 - gamma / 2), problem.radius))
+        radius = torch.where(hit, torch.minimum(state.radius, best) * (1 - gamma), grown)
+        push = torch.nan_to_num(reading.gradient, nan=0.0)
+        direction = push.sign() if isinstance(problem.threat, Linf) else normalized(push, 2)
+        length = self.share * fall * torch.where(known, best, state.radius)
+        z = problem.threat.project(problem.x, state.z + per_sample(length, push) * direction, radius)
+        return reading, replace(state, z=z, radius=radius, best=best, looks=state.looks + 1)
+
+
+@dataclass(frozen=True)
+class Corners:
+    """For counted threats: always one pixel fewer than the best, on the pixels of largest gain, each at the end of its interval.
+
+    The gain of a pixel is what the averaged gradient promises for moving it from its clean value to the better end of its
+    interval: the optimum of a linear model. Gradients are taken where the search stands, so interactions correct the choice.
+
+    Attributes:
+        start: where each sample begins, None at the clean input. gamma: share of the pixels given up at once, at least one.
+        memory: of the average.
+    """
+
+    start: Tensor | None = None
+    gamma: float = 0.03
+    memory: float = 0.8
+    gradient: Gradient = autograd
+
+    def init(self, problem: Problem, steps: int) -> _Way:
+        """At the start."""
+        return _begin(problem, self.start, steps)
+
+    def step(self, problem: Problem, state: _Way) -> tuple[Reading, _Way]:
+        """One look, one choice of pixels."""
+        x, threat, reading = problem.x, problem.threat, self.gradient(problem, state.z)
+        if not isinstance(threat, L0):
+            raise BadInput(f"threat '{threat.name}': does not count pixels: use l0 or l0f")
+        _, best = _seen(problem, reading, state)
+        fewer = torch.minimum(best - 1, (best * (1 - self.gamma)).floor()).clamp(min=1.0)
+        radius = torch.where(torch.isfinite(best), fewer, problem.radius)
+        slope = self.memory * state.slope + (1 - self.memory) * normalized(reading.gradient, 2)
+        low, high = threat.room.interval(x)
+        z = threat.most(x, torch.where(slope > 0, high, low), slope, radius)
+        return reading, replace(state, z=z, radius=radius, best=best, slope=slope, looks=state.looks + 1)
+
+
+@register(
+    paper="epsball; counts as in PGD_0, arXiv 1909.05040; averages as in MI-FGSM, arXiv 1710.06081",
+    threats=("l0", "l0f"),
+    kind="smallest",
+    cost="steps forwards and backwards, 1 forward to judge",
+)
+def corners(steps: int = 100, memory: float = 0.8, threat: Projects | None = None) -> Attack:
+    """From the clean input: always one pixel fewer than the best so far, those of the largest promised gain (`Corners`).
+
+    Args:
+        steps: looks. memory: of the averaged gradient, 0 to below 1. threat: L0.
+    """
+    if not 0 <= memory < 1:
+        raise BadInput(f"memory: {memory}: must be 0 or more and less than 1")
+    return Attack("corners", threat or L0(), margin, Corners(memory=memory), steps, smallest=True)
+
+
+def inward(threat: Projects, start: Tensor, steps: int, share: float, gamma: float) -> Attack:
+    """The walk that suits the threat, as an attack on exactly the samples that `start` (B, ...) holds.
+
+    Cost: steps forwards and backwards, 1 forward to judge.
+    """
+    walk = Corners(start) if isinstance(threat, L0) else Inward(start, share, gamma)
+    return Attack("inward", threat, margin, walk, steps, smallest=True)
