@@ -7,7 +7,7 @@ from epsball.attacks.cw import cw_l0, cw_l2, cw_linf
 from epsball.attacks.deepfool import deepfool, superdeepfool
 from epsball.attacks.ead import ead
 from epsball.attacks.fab import fab, fab_t
-from epsball.attacks.inward import corners
+from epsball.attacks.inward import OutsideIn, corners, outside_in
 from epsball.attacks.jsma import jsma
 from epsball.attacks.lbfgs import lbfgs
 from epsball.attacks.linear import linear_smallest, linear_worst_case
@@ -18,6 +18,7 @@ from epsball.attacks.pgd import bim, fgsm, mi_fgsm, pgd
 from epsball.attacks.registry import Entry, entries, get
 from epsball.attacks.sigma_zero import sigma_zero
 from epsball.attacks.smallest import Nearest, bisection, nearest
+from epsball.attacks.square import square
 from epsball.attacks.spatial import recoloradv, rotation_translation, stadv
 from epsball.attacks.targets import by_logit, malt
 from epsball.attacks.transfer import di_fgsm, ensemble, ni_fgsm, si_fgsm, ti_fgsm, vmi_fgsm
@@ -28,6 +29,7 @@ __all__ = [
     "Entry",
     "EveryTarget",
     "Nearest",
+    "OutsideIn",
     "Restarts",
     "SmallestRadius",
     "UniversalGradient",
@@ -55,6 +57,7 @@ __all__ = [
     "fmn",
     "fooling_rate",
     "get",
+    "hop_skip_jump",
     "jsma",
     "lbfgs",
     "linear_smallest",
@@ -64,6 +67,7 @@ __all__ = [
     "nearest",
     "ni_fgsm",
     "noise",
+    "outside_in",
     "pdpgd",
     "pgd",
     "physical",

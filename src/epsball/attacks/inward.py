@@ -8,13 +8,17 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from epsball.attacks.apgd import apgd
+from epsball.attacks.combine import SmallestRadius, merged, nothing, opened
+from epsball.attacks.minimal import offered
 from epsball.attacks.registry import register
-from epsball.core import Attack, Gradient, Problem, Projects, Reading, autograd
+from epsball.core import Attack, Goal, Gradient, Key, Model, Outcome, Problem, Projects, Reading, Victim, Watch, autograd
+from epsball.core.attack import recipe
 from epsball.core.rows import per_sample
 from epsball.core.rule import normalized
 from epsball.errors import BadInput
 from epsball.objectives import margin
-from epsball.threats import L0, Linf
+from epsball.threats import L0, L1, L2, Linf
 
 
 @dataclass(frozen=True)
@@ -33,7 +37,7 @@ def _begin(problem: Problem, start: Tensor | None, steps: int) -> _Way:
     start = problem.x if start is None else start
     if start.shape != problem.x.shape:
         raise BadInput(f"start: {tuple(start.shape)} for inputs {tuple(problem.x.shape)}: give one point per input still searched")
-    z = problem.threat.project(problem.x, start.to(problem.x), problem.radius)
+    z = problem.threat.project(problem.x, start.to(problem.x), torch.full_like(problem.radius, torch.inf))
     nothing = torch.full_like(problem.radius, torch.inf)
     return _Way(z, problem.threat.size(problem.x, z), nothing, torch.zeros_like(z), 0, max(steps, 1))
 
@@ -48,6 +52,8 @@ def _seen(problem: Problem, reading: Reading, state: _Way) -> tuple[Tensor, Tens
 @dataclass(frozen=True)
 class Inward:
     """A step along the gradient, then back into a ball that shrinks at a success and grows elsewhere, from `start` (B, ...).
+
+    The start may lie outside the budget: until the walk is inside, `run` is shown the clean input; it ends inside.
 
     The update is FMN's (Pintor et al. 2021, arXiv 2102.12827, Algorithm 1) from an adversarial start; steps are shares of the
     smallest success so far, along the sign of the gradient under Linf and the gradient itself elsewhere.
@@ -72,13 +78,15 @@ class Inward:
         hit, best = _seen(problem, reading, state)
         fall = 0.01 + 0.99 * (1 + math.cos(math.pi * state.looks / state.steps)) / 2
         gamma, known = self.gamma * fall, torch.isfinite(best)
-        grown = torch.minimum(state.radius * (1 + gamma), torch.where(known, best * (1 - gamma / 2), problem.radius))
+        grown = torch.where(known, torch.minimum(state.radius * (1 + gamma), best * (1 - gamma / 2)), state.radius * (1 + gamma))
         radius = torch.where(hit, torch.minimum(state.radius, best) * (1 - gamma), grown)
         push = torch.nan_to_num(reading.gradient, nan=0.0)
         direction = push.sign() if isinstance(problem.threat, Linf) else normalized(push, 2)
         length = self.share * fall * torch.where(known, best, state.radius)
-        z = problem.threat.project(problem.x, state.z + per_sample(length, push) * direction, radius)
-        return reading, replace(state, z=z, radius=radius, best=best, looks=state.looks + 1)
+        last = torch.minimum(radius, problem.radius) if state.looks + 1 == state.steps else radius
+        z = problem.threat.project(problem.x, state.z + per_sample(length, push) * direction, last)
+        inside = problem.threat.size(problem.x, state.z) <= problem.radius
+        return offered(problem, reading, inside), replace(state, z=z, radius=radius, best=best, looks=state.looks + 1)
 
 
 @dataclass(frozen=True)
@@ -133,10 +141,75 @@ def corners(steps: int = 100, memory: float = 0.8, threat: Projects | None = Non
     return Attack("corners", threat or L0(), margin, Corners(memory=memory), steps, smallest=True)
 
 
-def inward(threat: Projects, start: Tensor, steps: int, share: float, gamma: float) -> Attack:
+@dataclass(frozen=True, repr=False)
+class OutsideIn:
+    """See `outside_in`. With `smallest` the walk goes on after the first success inside the radius."""
+
+    threat: Projects
+    far: SmallestRadius
+    steps: int
+    smallest: bool = False
+    name: str = "outside_in"
+
+    def __call__(
+        self,
+        model: Model,
+        x: Tensor,
+        goal: Goal | Tensor,
+        radius: float | Tensor,
+        seed: int | Key = 0,
+        *,
+        clean: Tensor | None = None,
+        drop: bool = True,
+        watch: Watch | None = None,
+    ) -> Outcome:
+        """As `Attack.__call__`. Where the box has no end nothing is far, nothing is searched and nothing spent."""
+        with Victim.of(model) as victim:
+            case = opened(victim, x, goal, radius, clean)
+            whole = nothing(case, self.threat.within(victim.box), self.steps)
+            rows = (~whole.reached & ~whole.flags["invalid"]).nonzero().squeeze(1)
+            reach = self.far.threat.within(victim.box).reach(case.x)[rows]
+            if not len(rows) or not bool(torch.isfinite(reach).all()):
+                return whole
+            c, key = case.take(rows), Key.of(seed).fold(self.name)
+            away = self.far(victim, c.x, c.goal, reach, key, clean=c.clean, drop=drop, watch=watch)
+            # From 40 times as far as the end, say: exp(-gamma * steps / 2) is how far the ball can shrink.
+            gamma, share = min(7.5 / max(self.steps, 1), 0.3), 0.1 if isinstance(self.threat, L1) else 0.3
+            walk = inward(self.threat, away.x_adv, self.steps, share, gamma, smallest=self.smallest)
+            found = walk(victim, c.x, c.goal, c.radius, key, clean=c.clean, drop=drop, watch=watch)
+            spent = replace(found, queries=found.queries + away.queries, backwards=found.backwards + away.backwards)
+        return merged(whole, rows, spent, smallest=self.smallest)
+
+    def __repr__(self) -> str:
+        return recipe(self)
+
+
+@register(
+    paper="epsball; parts: APGD arXiv 2003.01690, FMN arXiv 2102.12827",
+    threats=("linf", "l2", "l1"),
+    cost="steps and up to 100 more forwards and backwards, 1 forward to judge",
+)
+def outside_in(steps: int = 150, threat: Projects | None = None) -> OutsideIn:
+    """Fools the model far away by a few signed steps, then walks inward (`Inward`) until it is inside the radius.
+
+    Near the clean input gradients can mislead: in a network trained against Linf they are all but zero along the changes that
+    matter under L2 and L1. They do not from the other side of the boundary.
+
+    Args:
+        steps: of the walk. threat: Linf, L2 or L1.
+    """
+    threat = threat or L2()
+    if not isinstance(threat, (Linf, L2, L1)):
+        raise BadInput(f"threat '{threat.name}': has no ball to shrink: use linf, l2 or l1")
+    if steps < 0:
+        raise BadInput(f"steps: {steps}: must be 0 or more")
+    return OutsideIn(threat, SmallestRadius(apgd(min(20, steps), threat=Linf(threat.room), objective=margin), 4), steps)
+
+
+def inward(threat: Projects, start: Tensor, steps: int, share: float, gamma: float, smallest: bool = True) -> Attack:
     """The walk that suits the threat, as an attack on exactly the samples that `start` (B, ...) holds.
 
     Cost: steps forwards and backwards, 1 forward to judge.
     """
     walk = Corners(start) if isinstance(threat, L0) else Inward(start, share, gamma)
-    return Attack("inward", threat, margin, walk, steps, smallest=True)
+    return Attack("inward", threat, margin, walk, steps, smallest)

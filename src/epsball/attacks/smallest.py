@@ -9,7 +9,7 @@ from torch import Tensor
 
 from epsball.attacks.apgd import apgd
 from epsball.attacks.combine import Case, SmallestRadius, merged, nothing, opened
-from epsball.attacks.inward import corners, inward
+from epsball.attacks.inward import OutsideIn, corners, inward, outside_in
 from epsball.attacks.minimal import ddn, fmn
 from epsball.attacks.pgd import pgd
 from epsball.attacks.registry import register
@@ -72,13 +72,13 @@ def nearest(steps: int = 500, threat: Projects | None = None) -> Nearest:
     polish = round(0.3 * steps)
     if isinstance(threat, L0):
         first, aimed = sigma_zero(round(0.3 * steps), threat=threat), corners(round(0.08 * steps), threat=threat)
-        return Nearest(first, aimed, far=None, walk=0, polish=polish, targets=4, order=L2(threat.room))
+        return Nearest(first, aimed, None, polish, targets=4, order=L2(threat.room))
     if not isinstance(threat, (Linf, L2, L1)):
         raise BadInput(f"threat '{threat.name}': has no smallest search: use linf, l2, l1, l0 or l0f")
     near = ddn if isinstance(threat, L2) else fmn
     first, aimed = (near(steps=round(share * steps), threat=threat) for share in (0.1, 0.06))
-    far = SmallestRadius(apgd(min(20, round(0.04 * steps)), threat=Linf(threat.room), objective=margin), 4)
-    return Nearest(first, aimed, far, walk=round(0.27 * steps), polish=polish, targets=3, order=threat)
+    outside = replace(outside_in(round(0.27 * steps), threat), smallest=True)
+    return Nearest(first, aimed, outside, polish, targets=3, order=threat)
 
 
 @dataclass(frozen=True, repr=False)
@@ -86,14 +86,13 @@ class Nearest:
     """See `nearest`.
 
     Attributes:
-        first, aimed: searches from the clean input. far: makes the start of a walk of `walk` steps. polish: steps of the last
-        walk. targets: classes aimed at. order: the threat whose norm ranks them.
+        first, aimed: searches from the clean input. outside: the walk from far. polish: steps of the last walk.
+        targets: classes aimed at. order: the threat whose norm ranks them.
     """
 
     first: AttackLike
     aimed: AttackLike
-    far: SmallestRadius | None
-    walk: int
+    outside: OutsideIn | None
     polish: int
     targets: int
     order: Projects
@@ -126,8 +125,9 @@ class Nearest:
                 return whole
             part, begun = case.take(rows), replace(nothing(case.take(rows), threat, 1), queries=torch.zeros_like(rows.cpu()))
             found = self._near(part, begun, key, drop, watch)
-            if self.far is not None:
-                found = self._walk_in(part, found, threat, key, drop, watch)
+            if self.outside is not None:
+                walked = self.outside(victim, part.x, part.goal, part.radius, key, clean=part.clean, drop=drop, watch=watch)
+                found = _better(found, walked)
             last = inward(threat, found.x_adv, self.polish, 0.3, 0.03)
             found = _better(found, last(victim, part.x, part.goal, part.radius, key, clean=part.clean, drop=drop, watch=watch))
         return merged(whole, rows, found, smallest=True)
@@ -146,20 +146,6 @@ class Nearest:
             step = key.fold("target", rank)
             found = _better(found, self.aimed(c.victim, c.x, goal, within, step, clean=c.clean, drop=drop, watch=watch))
         return found
-
-    def _walk_in(self, c: Case, found: Outcome, threat: Projects, key: Key, drop: bool, watch: Watch | None) -> Outcome:
-        """From a far example of signed steps; where the box has no end there is none, and nothing is spent."""
-        assert self.far is not None
-        reach = self.far.threat.within(c.victim.box).reach(c.x)
-        if not bool(torch.isfinite(reach).all()):
-            return found
-        away = self.far(c.victim, c.x, c.goal, reach, key, clean=c.clean, drop=drop, watch=watch)
-        start = torch.where(away.reached.reshape(-1, *[1] * (c.x.ndim - 1)), away.x_adv, found.x_adv)
-        share = 0.1 if isinstance(threat, L1) else 0.3
-        # From 40 times as far as the end, say: exp(-gamma * steps / 2) is how far the ball can shrink.
-        walk = inward(threat, start, self.walk, share, min(7.5 / max(self.walk, 1), 0.3))
-        found = replace(found, queries=found.queries + away.queries, backwards=found.backwards + away.backwards)
-        return _better(found, walk(c.victim, c.x, c.goal, c.radius, key, clean=c.clean, drop=drop, watch=watch))
 
     def __repr__(self) -> str:
         return recipe(self)
