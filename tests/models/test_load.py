@@ -155,7 +155,7 @@ def test_bad_factories(net_file, function, words):
         ("nowhere_at_all.zoo:make", "'nowhere_at_all.zoo' cannot be imported .ModuleNotFoundError"),
         ("missing.py:make", "model: cannot read 'missing.py'"),
         ("net.py", "model: 'net.py' names no function; give net.py:FUNCTION"),
-        ("net.onnx", "ONNX is not supported yet; export with torch.export to a .pt2 file"),
+        ("missing.onnx", "model: cannot read 'missing.onnx'"),
         ("https://example.org/m.pt2", "model: (cannot read )?'https:"),
         ("https://example.org/m", "is an address, not supported yet"),
         ("w.safetensors", "looks like weights; name a factory as the model and pass this file with --weights"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -87,7 +88,8 @@ def get(name: str, *, threat: str | Projects | None = None, **options: Any) -> A
     """
     entry = _ENTRIES.get(name.replace("-", "_"))
     if entry is None:
-        raise BadInput(f"attack '{name}': unknown: use one of {', '.join(sorted(_ENTRIES))}")
+        close = difflib.get_close_matches(name.replace("-", "_"), _ENTRIES, n=3, cutoff=0.5)
+        raise BadInput(f"attack '{name}': unknown: {f'did you mean {" or ".join(close)}? ' if close else ''}`epsball list` shows them all")
     known = inspect.signature(entry.recipe).parameters
     for option in options:
         if option not in known or option == "threat":

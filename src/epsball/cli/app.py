@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from epsball.cli.reproduce import EXAMPLES, reproduce
+
 if TYPE_CHECKING:
     from epsball.auditing.results import Report
     from epsball.data import Dataset
@@ -35,7 +37,7 @@ class Effort(StrEnum):
 
 
 ModelArg = Annotated[
-    str | None, typer.Argument(metavar="[MODEL]", help="package.module:factory, file.py:factory, a .pt2 file or a builtin name.")
+    str | None, typer.Argument(metavar="[MODEL]", help="package.module:factory, file.py:factory, a .pt2 or .onnx file, or a builtin name.")
 ]
 Weights = Annotated[
     str | None, typer.Option("--weights", "-w", metavar="FILE", help="A .safetensors file or a torch checkpoint with plain tensors.")
@@ -80,7 +82,13 @@ def audit(
     weights: Weights = None,
     data: DataOpt = "digits",
     threat: Annotated[
-        list[str] | None, typer.Option("--threat", "-t", help="NAME:RADIUS[,RADIUS]; linf, l2, l1, l0 (pixels), l0f.")
+        list[str] | None,
+        typer.Option(
+            "--threat",
+            "-t",
+            help="NAME:RADIUS[,RADIUS]; linf, l2, l1, l0 (pixels), l0f, flow (pixels), color, color-luv, "
+            "rigid (share of 30 degrees, 3 pixels), patch (side in pixels); several at once: color+linf:0.06+8/255.",
+        ),
     ] = None,
     n: Count = 1000,
     effort: Annotated[Effort, typer.Option(help="How hard to try.")] = Effort.default,
@@ -186,7 +194,7 @@ def attack(
     model: Annotated[str, typer.Argument(help="As for audit.")],
     weights: Weights = None,
     data: DataOpt = "digits",
-    threat: Annotated[str, typer.Option("--threat", "-t", help="NAME:RADIUS.")] = "linf:0.1",
+    threat: Annotated[str, typer.Option("--threat", "-t", help="NAME:RADIUS, as for audit.")] = "linf:0.1",
     settings: Annotated[list[str] | None, typer.Option("--set", "-s", metavar="NAME=VALUE", help="An option of the attack.")] = None,
     target: Annotated[int | None, typer.Option(help="Class to reach; any other class by default.")] = None,
     save: Annotated[Path | None, typer.Option(metavar="FILE.npz", help="Keep x, y, x_adv, reached and size.")] = None,
@@ -214,7 +222,7 @@ def attack(
         raise typer.BadParameter(f"--threat {threat}: one radius is needed here; audit takes several")
     options = _options(settings or [])
     check_options(name, options)
-    search = get(name, threat=spec.name, **options)
+    search = get(name, threat=spec.threat, **options)
     _writable("save", save)
     dataset = _data(data, n, seed, split, layout, box, classes)
     loaded = _model(model, device, batch_size, _model_options(weights, mean, std, box, outputs, trust_code))
@@ -237,6 +245,7 @@ def verify(
     """Re-check a run's claims from its evidence: loads the models afresh, one forward pass, no attack."""
     from epsball.cli import EXIT_MISMATCH
     from epsball.door import verify as check
+    from epsball.report.text import radius_of
     from epsball.store import evidence
 
     for settings in [] if model else evidence.header(run / evidence.NAME)["models"]:
@@ -248,7 +257,7 @@ def verify(
         sys.stdout.write(json.dumps({"run": str(run), "holds": all(line.holds for line in lines), "claims": rows}) + "\n")
     else:
         for line in lines:
-            what = "clean accuracy" if line.threat == "clean" else f"{line.threat} {line.radius}"
+            what = "clean accuracy" if line.threat == "clean" else f"{line.threat} {radius_of(line.threat, line.radius)}"
             seen = "not in the evidence" if line.seen is None else f"{line.seen} of {line.n} stand"
             said = "leaves it out" if line.claimed is None else f"says {line.claimed}"
             figures = "" if line.follows else ", its figures do not follow from the evidence"
@@ -308,6 +317,9 @@ def doctor(as_json: AsJson = False) -> None:
         for one in found:
             typer.echo(f"{one.state:8} {one.sentence}")
     raise typer.Exit(1 if any(one.illness for one in found) else 0)
+
+
+app.command(epilog=EXAMPLES)(reproduce)
 
 
 def _command() -> str:

@@ -15,7 +15,7 @@ _EXTRAS = {
     "pyarrow": "Parquet data (extra store)",
     "datasets": "hf: data (extra hf)",
     "transformers": "Hugging Face models (extra hf)",
-    "onnxruntime": "ONNX files, not used yet (extra onnx)",
+    "onnxruntime": "ONNX files (extra onnx)",
     "torchvision": "nothing of epsball, but maybe your model (extra vision)",
     "torchaudio": "nothing of epsball, but maybe your model",
 }

@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from epsball.core import Access
 from epsball.errors import BadInput
 from epsball.models.outputs import one_column, probabilities_to_logits, to_logits, unpack
 
@@ -67,6 +68,7 @@ class Adapted(nn.Module):
             logit a class, passed on unchanged.
         class_order: column i of the result is the module's column ``class_order[i]``, that is, dataset label i. A permutation.
         fixed_batch: the only batch size that the module accepts (exported programs); None for any.
+        access: the most that the module can give: no gradients from a foreign runtime, no scores from a bare prediction.
 
     Raises:
         BadInput: a zero or negative std, lengths that do not fit each other or the input, an output that is not one row of
@@ -91,6 +93,7 @@ class Adapted(nn.Module):
         outputs: Outputs = "logits",
         class_order: Sequence[int] | None = None,
         fixed_batch: int | None = None,
+        access: Access = Access.GRADIENT,
     ) -> None:
         super().__init__()
         if outputs not in OUTPUTS:
@@ -100,6 +103,7 @@ class Adapted(nn.Module):
         self.module = module if isinstance(module, nn.Module) else _Function(module)
         self.outputs: Outputs = outputs
         self.fixed_batch = fixed_batch
+        self.access = access
         self.normalizes = mean is not None or std is not None
         m, s = _statistic("mean", mean, 0.0), _statistic("std", std, 1.0)
         if not bool((s > 0).all()):

@@ -19,13 +19,17 @@ import numpy as np
 import torch
 from torch import nn
 
+from epsball.core import Access
 from epsball.data.files import one_line, regular_file
 from epsball.data.pixels import check_box
 from epsball.errors import BadInput
 from epsball.models.adapt import Adapted, Outputs
+from epsball.models.sklearn import Estimator, is_estimator, load_estimator
 from epsball.models.weights import TORCH_SUFFIXES, check_finite, load_weights
 
-FORMS = "package.module:function, file.py:function, a .pt2 file or a builtin name"
+FORMS = "package.module:function, file.py:function, a .pt2, .onnx or .joblib file or a builtin name"
+WHOLE = (".pt2", ".onnx", ".joblib")
+"""Files that carry their own weights."""
 
 
 @dataclass(frozen=True)
@@ -148,7 +152,7 @@ def _from_factory(place: str, function: str) -> tuple[Any, list[str]]:
             found = getattr(found, name, None)
         if found is None:
             raise BadInput(f"model: {place!r} has no {function!r}; name a function that returns the model")
-        if isinstance(found, nn.Module):
+        if isinstance(found, nn.Module) or is_estimator(found):
             return found, [f"the model is the object {function} of {place}"]
         if not callable(found):
             raise BadInput(f"model: {function!r} in {place!r} is {type(found).__name__}, not a function; name one that returns the model")
@@ -157,7 +161,7 @@ def _from_factory(place: str, function: str) -> tuple[Any, list[str]]:
         except (Exception, SystemExit) as exc:
             kind, text = type(exc).__name__, one_line(exc)
             raise BadInput(f"model: {function}() in {place!r} raised {kind}: {text}; it is called without arguments") from exc
-    if not callable(made):
+    if not callable(made) and not is_estimator(made):
         raise BadInput(f"model: {function}() in {place!r} returned {type(made).__name__}; return an nn.Module or a function of a batch")
     return made, [f"the model was made by {function}() of {place}"]
 
@@ -167,30 +171,54 @@ def _refuse(source: str) -> None:
     suffix = Path(source).suffix.lower()
     if "://" in source:
         raise BadInput(f"model: {source!r} is an address, not supported yet; export with torch.export to a .pt2 file and give its path")
-    if suffix == ".onnx":
-        raise BadInput(f"model: {source!r}: ONNX is not supported yet; export with torch.export to a .pt2 file")
     if suffix == ".py":
         raise BadInput(f"model: {source!r} names no function; give {source}:FUNCTION, which returns the model")
     if suffix == ".safetensors" or suffix in TORCH_SUFFIXES:
         raise BadInput(f"model: {source!r} looks like weights; name a factory as the model and pass this file with --weights")
 
 
-def _open(source: str, trust_code: bool) -> tuple[Any, int | None, list[str]]:
-    """The bare model of a source, the batch size it is fixed to, and notes."""
-    if source.lower().endswith(".pt2"):
-        from epsball.models.program import load_program  # torch.export is slow to import
+@dataclass(frozen=True)
+class _Opened:
+    """The bare model of a source, what may be seen of it, the batch size it is fixed to, and notes."""
 
-        return load_program(source, trust_code)
+    model: Any
+    notes: list[str]
+    fixed_batch: int | None = None
+    access: Access = Access.GRADIENT
+
+
+def _open_file(source: str, trust_code: bool) -> _Opened:
+    """A whole model in a file; its readers are slow to import."""
+    if source.lower().endswith(".pt2"):
+        from epsball.models.program import load_program
+
+        graph, batch, notes = load_program(source, trust_code)
+        return _Opened(graph, notes, batch)
+    if source.lower().endswith(".onnx"):
+        from epsball.models.onnx import load_onnx
+
+        file = load_onnx(source)
+        return _Opened(file.module, file.notes, file.fixed_batch, file.access)
+    estimator = Estimator(load_estimator(source, trust_code))
+    return _Opened(estimator, [f"{Path(source).name} is a pickle that was trusted", *estimator.notes], access=estimator.access)
+
+
+def _open(source: str, trust_code: bool) -> _Opened:
+    if source.lower().endswith(WHOLE):
+        return _open_file(source, trust_code)
     _refuse(source)
     place, _, function = source.rpartition(":")
     if place and function:
         made, notes = _from_factory(place, function)
-        return made, None, notes
+        if is_estimator(made):
+            estimator = Estimator(made)
+            return _Opened(estimator, [*notes, *estimator.notes], access=estimator.access)
+        return _Opened(made, notes)
     known = builtin_models()
     if source not in known:
         names = f" ({', '.join(sorted(known))})" if known else ""
         raise BadInput(f"model: {source!r} is unknown; give {FORMS}{names}")
-    return known[source](), None, [f"{source} is a builtin model"]
+    return _Opened(known[source](), [f"{source} is a builtin model"])
 
 
 def load_model(
@@ -208,7 +236,8 @@ def load_model(
 
     Args:
         source: ``package.module:function`` or ``file.py:function`` (called without arguments; the working folder or the file's
-            own folder is importable meanwhile), a ``.pt2`` file of `torch.export`, or a builtin name.
+            own folder is importable meanwhile), a ``.pt2`` file of `torch.export`, an ``.onnx`` file, a ``.joblib`` file of a
+            scikit-learn estimator (needs ``trust_code``), or a builtin name. A function may also return an estimator.
         weights: a ``.safetensors`` file or a torch checkpoint, loaded strictly; wrappers such as {"state_dict": ...} and
             prefixes such as ``module.`` are removed.
         mean, std, outputs, class_order: as in `Adapted`.
@@ -226,17 +255,18 @@ def load_model(
     if not isinstance(source, str) or not source:
         raise BadInput(f"model: {source!r} is no source; give {FORMS}")
     with _quiet_randomness():
-        made, fixed_batch, notes = _open(source, trust_code)
-        adapted = Adapted(made, mean, std, outputs, class_order, fixed_batch)
+        opened = _open(source, trust_code)
+        made, notes = opened.model, opened.notes
+        adapted = Adapted(made, mean, std, outputs, class_order, opened.fixed_batch, opened.access)
         if weights is not None:
-            if source.lower().endswith(".pt2"):
+            if source.lower().endswith(WHOLE):
                 raise BadInput(f"weights: {weights!r} given, but {source!r} carries its own; leave --weights out")
-            if not isinstance(made, nn.Module):
-                raise BadInput(f"weights: {weights!r} given, but {source!r} returns a plain function; return an nn.Module")
+            if not isinstance(made, nn.Module) or isinstance(made, Estimator):
+                raise BadInput(f"weights: {weights!r} given, but {source!r} returns a plain function or an estimator; return an nn.Module")
             notes += load_weights(made, weights, trust_code)
     if weights is None:
         check_finite(chain(adapted.module.named_parameters(), adapted.module.named_buffers()), source)
-        if fixed_batch is None and ":" in source:
+        if isinstance(made, nn.Module) and not isinstance(made, Estimator) and ":" in source and not source.lower().endswith(WHOLE):
             notes.append("no weights file was given: the model has the weights that its function gave it")
     if adapted.normalizes:
         notes.append(f"inputs are normalized by mean {_show(adapted.mean)} and std {_show(adapted.std)} inside the model")

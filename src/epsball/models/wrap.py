@@ -11,10 +11,11 @@ from epsball.core import Access, Victim
 from epsball.models.adapt import Adapted, Outputs
 from epsball.models.load import ModelSpec
 from epsball.models.load import load_model as load_adapted
+from epsball.models.sklearn import Classifier, Estimator
 
 
 def wrap(
-    model: nn.Module | Callable[[Tensor], Any],
+    model: nn.Module | Callable[[Tensor], Any] | Classifier,
     *,
     mean: float | Sequence[float] | None = None,
     std: float | Sequence[float] | None = None,
@@ -28,11 +29,12 @@ def wrap(
     """A model as attacks and audits want it: inputs in the box in, scores (B, C) out.
 
     Args:
-        model: any module or function of a batch; tuples, dictionaries, objects with `.logits` and single logits are read too.
+        model: any module or function of a batch; tuples, dictionaries, objects with `.logits` and single logits are read too,
+            and so is a fitted scikit-learn classifier, which gives scores or labels but no gradients.
         mean, std: the normalization that the model expects, applied inside, so that radii are in units of the box.
         box: legal input range. outputs: "logits", "probabilities" or "multilabel".
         class_order: column i of the result is the model's column `class_order[i]`.
-        access: what attacks may see. batch_size: most rows per call. name: how reports call it.
+        access: the most that attacks may see; never more than the model gives. batch_size: most rows per call. name: how reports call it.
 
     Raises:
         BadInput: statistics or a class order that cannot be.
@@ -40,21 +42,25 @@ def wrap(
     >>> wrap(nn.Flatten(), mean=0.5, std=0.5, name="tiny").name
     'tiny'
     """
-    adapted = model if isinstance(model, Adapted) else Adapted(model, mean, std, outputs, class_order)
+    module = model if callable(model) else Estimator(model)
+    most = module.access if isinstance(module, Estimator) else Access.GRADIENT
+    adapted = module if isinstance(module, Adapted) else Adapted(module, mean, std, outputs, class_order, access=most)
     return Victim(
         adapted,
         box=box,
-        access=access,
+        access=min(access, adapted.access),
         batch_size=batch_size,
         fixed_batch=adapted.fixed_batch,
-        name=name or type(adapted.module).__name__,
+        name=name or type(model if isinstance(module, Estimator) else adapted.module).__name__,
     )
 
 
 def load_model(
     source: str, weights: str | None = None, *, name: str | None = None, batch_size: int | None = None, **options: Any
 ) -> Victim:
-    """A model from its source, ready to attack: `package.module:function`, `file.py:function`, a `.pt2` file or a builtin name.
+    """A model from its source, ready to attack: `package.module:function`, `file.py:function`, a file or a builtin name.
+
+    Files: a `.pt2` program of `torch.export`, an `.onnx` graph (extra onnx), a `.joblib` estimator (needs `trust_code`).
 
     Args:
         source, weights: as in `epsball.models.load.load_model`, and so are the other options: mean, std, box, outputs,
