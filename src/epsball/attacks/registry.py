@@ -89,7 +89,8 @@ def get(name: str, *, threat: str | Projects | None = None, **options: Any) -> A
     entry = _ENTRIES.get(name.replace("-", "_"))
     if entry is None:
         close = difflib.get_close_matches(name.replace("-", "_"), _ENTRIES, n=3, cutoff=0.5)
-        raise BadInput(f"attack '{name}': unknown: {f'did you mean {" or ".join(close)}? ' if close else ''}`epsball list` shows them all")
+        hint = f"did you mean {' or '.join(close)}? " if close else ""
+        raise BadInput(f"attack '{name}': unknown: {hint}`epsball list` shows them all")
     known = inspect.signature(entry.recipe).parameters
     for option in options:
         if option not in known or option == "threat":
