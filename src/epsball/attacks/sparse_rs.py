@@ -1,0 +1,97 @@
+"""Sparse-RS: random search over which pixels to change, and to which corner of the box."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from epsball.attacks.random_search import RandomSearch, margin_or_entropy, schedule
+from epsball.attacks.registry import register
+from epsball.core import Attack, Objective, Problem, Projects
+from epsball.core.victim import Access
+from epsball.errors import BadInput
+from epsball.threats import L0
+
+
+@register(paper="Croce et al. 2022, arXiv 2006.12834", access=Access.SCORES, threats=("l0", "l0f"), cost="steps forwards")
+def sparse_rs(
+    steps: int = 5000,
+    alpha: float = 0.3,
+    threat: Projects | None = None,
+    objective: Objective = margin_or_entropy,
+) -> Attack:
+    """Sparse-RS under L0: a set of floor(radius) pixels at corners of the box, improved by swaps, arXiv 2006.12834, Algorithm 1.
+
+    A proposal lets a share of the set go, takes as many others, evenly drawn, and gives them random corners; the share
+    starts at alpha and is halved along `schedule`.
+
+    Args:
+        steps: queries per sample, the first set included. alpha: share swapped at first, 0 .. 1. threat: L0, pixels or features.
+
+    Raises:
+        BadInput: alpha outside 0 .. 1, or another threat.
+
+    Cost: at most steps forwards (1 where steps is 0), no backward.
+
+    Differs from the paper: at least one pixel is swapped at each step; every sample has a set size, and draws, of its own.
+    """
+    if steps < 0:
+        raise BadInput(f"steps: {steps}: must be 0 or more")
+    if not 0 < alpha <= 1:
+        raise BadInput(f"alpha: {alpha}: must lie above 0 and be at most 1")
+    threat = threat or L0()
+    if not isinstance(threat, L0):
+        raise BadInput(f"threat '{threat.name}': counts no pixels: use l0 or l0f")
+    return replace(Attack("sparse_rs", threat, objective, RandomSearch(Swaps(alpha)), max(steps - 1, 0)), access=Access.SCORES)
+
+
+@dataclass(frozen=True)
+class Swaps:
+    """Sets of pixels at corners."""
+
+    alpha: float
+
+    def first(self, problem: Problem) -> Tensor:
+        """As many pixels as the radius allows, evenly drawn."""
+        return _set(problem, self._corners(problem, "first", 0), self._drawn(problem, "place", 0))
+
+    def next(self, problem: Problem, best: Tensor, number: int, budget: int) -> Tensor:
+        """Swaps a share of the set."""
+        changed = pixels(problem.threat, best != problem.x).any(1)
+        chance = self._drawn(problem, "place", number + 1)
+        count = (self.alpha * schedule(number, budget) * problem.radius.floor()).floor().clamp(min=1)[:, None]
+        kept = changed & (_rank(chance.masked_fill(~changed, -1.0)) >= count)
+        # what is kept comes first, then what was not in the set; what was let go comes last
+        values = torch.where(_wide(problem, kept), best, self._corners(problem, "corner", number + 1))
+        return _set(problem, values, chance + 2.0 * kept - 2.0 * (changed & ~kept))
+
+    def _drawn(self, problem: Problem, name: str, number: int) -> Tensor:
+        return problem.key.fold(name, number).uniform(problem.ids, pixels(problem.threat, problem.x)[:, 0].float())
+
+    def _corners(self, problem: Problem, name: str, number: int) -> Tensor:
+        low, high = problem.threat.room.interval(problem.x)  # type: ignore[attr-defined]
+        up = problem.key.fold(name, number).uniform(problem.ids, problem.x.float()) < 0.5
+        return torch.where(up, high, low)
+
+
+def pixels(threat: Projects, values: Tensor) -> Tensor:
+    """(B, channels, pixels), as the threat counts them."""
+    joined = values.ndim >= 4 and threat.name == "l0"
+    return values.flatten(2) if joined else values.reshape(len(values), 1, -1)
+
+
+def _rank(chance: Tensor) -> Tensor:
+    """Place of each entry by falling chance."""
+    return chance.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
+
+
+def _wide(problem: Problem, chosen: Tensor) -> Tensor:
+    """(B, pixels) as a mask over the features."""
+    return chosen[:, None, :].expand_as(pixels(problem.threat, problem.x)).reshape(problem.x.shape)
+
+
+def _set(problem: Problem, values: Tensor, worth: Tensor) -> Tensor:
+    """`values` on the floor(radius) pixels of most worth, x elsewhere."""
+    return torch.where(_wide(problem, _rank(worth) < problem.radius.floor()[:, None]), values, problem.x)
