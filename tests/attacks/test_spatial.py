@@ -10,7 +10,7 @@ import torch
 from lawkit import check_same, filled, rng, rows_of, tensor
 from torch import Tensor, nn
 
-from epsball.attacks import noise
+from epsball.attacks import entries, get, noise
 from epsball.attacks.spatial import Grid, rotation_translation
 from epsball.core import Access, Targeted, Victim
 from epsball.data.digits import digits
@@ -18,7 +18,8 @@ from epsball.errors import BadInput
 from epsball.models.digits import load
 from epsball.objectives import margin
 from epsball.threats import Linf
-from epsball.threats.flow import Rigid
+from epsball.threats.color import RGB, Color
+from epsball.threats.flow import Flow, Rigid
 
 
 def case(n: int = 9) -> tuple[nn.Module, Tensor, Tensor]:
@@ -114,3 +115,20 @@ def test_bad_grids_are_refused() -> None:
         replace(rotation_translation(), threat=Linf())(*case(), 0.1)
     assert Grid(31, 5).points(Rigid(), torch.zeros(1)).shape == (775, 3)
     assert rotation_translation(objective=margin).access is Access.SCORES
+
+
+def test_they_are_registered_with_paper_and_threats() -> None:
+    found = {name: entries()[name] for name in ("stadv", "recoloradv", "rotation_translation", "physical")}
+    assert {name: entry.threats for name, entry in found.items()} == {
+        "stadv": ("flow",),
+        "recoloradv": ("color-luv", "color"),
+        "rotation_translation": ("rigid",),
+        "physical": ("linf", "l2", "patch"),
+    }
+    assert all("arXiv" in entry.paper and "forward" in entry.cost and entry.summary for entry in found.values())
+    assert {name for name, entry in found.items() if entry.access is Access.SCORES} == {"rotation_translation"}
+    assert isinstance(get("stadv", threat="flow", steps=3).threat, Flow)
+    assert get("recoloradv", threat="color").threat.space is RGB
+    assert get("recoloradv", threat=Color(RGB, (3, 3, 3))).threat.points == (3, 3, 3)
+    with pytest.raises(BadInput, match="works under flow"):
+        get("stadv", threat="linf")

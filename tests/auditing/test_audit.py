@@ -23,7 +23,7 @@ from epsball.errors import BadInput
 from epsball.models import wrap
 from epsball.models.digits import load
 from epsball.store import evidence
-from epsball.threats import parse_threat
+from epsball.threats import named, parse_threat
 
 THREATS = ("linf:0.05,0.1,0.2", "l2:0.5", "l0:4")
 
@@ -231,11 +231,11 @@ def test_default_threats_are_proportional_to_the_box(shape: tuple[int, ...]) -> 
 @pytest.mark.parametrize("threat", ["linf", "l2", "l1", "l0", "l0f"])
 def test_every_plan_begins_cheap_and_has_an_attack(effort: str, threat: str) -> None:
     for classes, single in ((2, True), (3, True), (10, True), (1, False), (5, False)):
-        stages = plan(threat, effort, classes=classes, single_label=single, gradients=True)
+        stages = plan(named(threat), effort, classes=classes, single_label=single, gradients=True)
         assert stages[0].attack.name == "noise"
         assert len(stages) >= 3
         assert all(stage.rows > 0 and stage.attack.threat.name == threat for stage in stages)
-    assert [s.attack.name for s in plan(threat, effort, classes=10, single_label=True, gradients=False)] == ["noise"]
+    assert [s.attack.name for s in plan(named(threat), effort, classes=10, single_label=True, gradients=False)] == ["noise"]
 
 
 def test_an_unknown_effort_is_one_line() -> None:

@@ -133,9 +133,9 @@ def test_each_row_has_its_own_radius() -> None:
     x = sheet.subject.x[rows]
     x_adv = edge(x, 0.25)
     size = torch.from_numpy(distance(x.numpy(), x_adv.numpy(), "linf"))
-    everywhere = referee.judge(x, x_adv, sheet.subject.goal.take(rows), "linf", 1.0)
+    everywhere = referee.judge(x, x_adv, sheet.subject.goal.take(rows), Linf(), 1.0)
     radius = torch.where(torch.arange(len(x)) % 2 == 0, size, size * (1 - 1e-9))
-    ruling = referee.judge(x, x_adv, sheet.subject.goal.take(rows), "linf", radius)
+    ruling = referee.judge(x, x_adv, sheet.subject.goal.take(rows), Linf(), radius)
     assert torch.equal(ruling.legal, torch.arange(len(x)) % 2 == 0)
     assert torch.equal(ruling.broken, everywhere.broken & ruling.legal)
     assert torch.equal(ruling.size, size)
@@ -148,7 +148,7 @@ def test_a_box_of_one_bound_per_feature_is_kept() -> None:
     victim = Victim(linear(weights), box=(low, high))
     x_adv = x.clone()
     x_adv[0, 0], x_adv[1, 0], x_adv[2, 1] = 0.95, 0.85, 0.95
-    legal = Referee(victim).judge(x.clamp(max=0.9), x_adv, Untargeted(y), "linf", 2.0).legal
+    legal = Referee(victim).judge(x.clamp(max=0.9), x_adv, Untargeted(y), Linf(), 2.0).legal
     assert (bool(legal[0]), bool(legal[1]), bool(legal[2])) == (False, True, True)
 
 
@@ -166,7 +166,7 @@ class Close(nn.Module):
 def test_thin_margins_are_judged_in_float64() -> None:
     x = torch.tensor([[1e-3], [-1e-3]])
     assert Close()(x).argmax(1).tolist() == [0, 0]  # float32 sees a tie
-    ruling = Referee(Victim(Close(), box=(-1.0, 1.0))).judge(x, x, Untargeted(torch.tensor([0, 0])), "linf", 1.0)
+    ruling = Referee(Victim(Close(), box=(-1.0, 1.0))).judge(x, x, Untargeted(torch.tensor([0, 0])), Linf(), 1.0)
     assert ruling.broken.tolist() == [True, False]
     assert ruling.predicted.tolist() == [1, 0]
 
@@ -186,7 +186,7 @@ def test_thin_decisions_of_multi_label_models_are_judged_in_float64_too() -> Non
     x = torch.tensor([[1e-3], [-1e-3]])
     goal = LabelsChanged(torch.tensor([[1, 0], [1, 0]]))
     assert goal.reached(Faint()(x)).tolist() == [False, False]
-    assert Referee(Victim(Faint(), box=(-1.0, 1.0))).judge(x, x, goal, "linf", 1.0).broken.tolist() == [True, False]
+    assert Referee(Victim(Faint(), box=(-1.0, 1.0))).judge(x, x, goal, Linf(), 1.0).broken.tolist() == [True, False]
 
 
 def test_the_judge_keeps_a_copy_that_later_changes_do_not_reach() -> None:
@@ -221,7 +221,7 @@ def test_rulings_do_not_depend_on_the_runs_batch_size() -> None:
 def test_nan_answers_break_nothing() -> None:
     x, y, _ = blobs(classes=3)
     model = wrap(lambda x: torch.full((len(x), 3), torch.nan))
-    ruling = Referee(model).judge(x, x, Untargeted((y + 1) % 3), "linf", 1.0)
+    ruling = Referee(model).judge(x, x, Untargeted((y + 1) % 3), Linf(), 1.0)
     assert not ruling.broken.any()
     assert not ruling.answered.any()
     assert ruling.legal.all()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, replace
 
 import pytest
@@ -10,8 +11,9 @@ from lawkit import bench, filled, linear, mlp, posed, rng, tensor
 from torch import Tensor, nn
 
 from epsball.attacks import apgd, fgsm, pgd
-from epsball.core import Attack, Descent, Gradient, Key, OfRadius, Tally, Victim, autograd
-from epsball.core.sources import Eot, Through, fresh
+from epsball.core import Attack, Descent, Eot, Gradient, Key, OfRadius, Problem, Reading, Tally, Through, Victim, autograd
+from epsball.core.rows import per_sample
+from epsball.core.sources import fresh
 from epsball.errors import BadInput
 from epsball.objectives import margin
 from epsball.threats import Linf
@@ -44,6 +46,33 @@ class Shift:
 
     def __call__(self, x: Tensor, key: Key, ids: Tensor) -> Tensor:
         return x + self.size * key.fold("shift").normal(ids, x.detach())
+
+
+@dataclass(frozen=True)
+class Probes:
+    """A gradient-free source: central differences along one keyed direction, three times."""
+
+    width: float = 0.05
+
+    def __call__(self, problem: Problem, z: Tensor) -> Reading:
+        readings, gradient = [], torch.zeros_like(z)
+        for number in range(3):
+            way = problem.key.fold("probe", number).normal(problem.ids, z)
+            readings += [problem.judge(z + sign * self.width * way) for sign in (1, -1)]
+            gradient = gradient + per_sample(readings[-2].score - readings[-1].score, z) * way
+        return replace(readings[0], z=z, gradient=gradient)
+
+
+class Shown(nn.Module):
+    """Keeps what it was asked."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net, self.seen = net, []
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.seen.append(x.detach().clone())
+        return self.net(x)
 
 
 def state_of_model(model: nn.Module) -> list[object]:
@@ -127,7 +156,10 @@ def test_through_gives_the_gradient_at_the_transformed_point() -> None:
     assert torch.allclose(Through(Shift())(problem, b.x).gradient, autograd(other, there).gradient, atol=1e-6)
 
 
-@pytest.mark.parametrize("source", [Eot(autograd, 3), Through(Shift()), Through(Shift(), Eot(autograd, 3))], ids=repr)
+SOURCES = [Eot(autograd, 3), Through(Shift()), Through(Shift(), Eot(autograd, 3)), Through(Shift(0.05), Eot(Probes(), 2))]
+
+
+@pytest.mark.parametrize("source", SOURCES, ids=repr)
 def test_rows_do_not_hang_on_their_neighbors_nor_on_splits(source: Gradient) -> None:
     b = bench(4)
     whole, parts = posed(b.model, b.x, b.labels), posed(Victim(b.model, batch_size=3), b.x, b.labels)
@@ -144,8 +176,39 @@ def test_every_look_has_a_fresh_draw() -> None:
     problem = posed(b.model, b.x, b.labels)
     one, two = (Through(Shift())(problem, b.x).gradient for _ in range(2))
     assert not torch.allclose(one, two)
-    tally = Tally(torch.zeros(3, dtype=torch.int64), torch.arange(3), torch.arange(3))
-    assert len(set(fresh(torch.full((3,), 2**63 - 1), tally).tolist())) == 3
+    for column in ("backwards", "blind"):
+        tally = replace(Tally.zeros(3), **{column: torch.arange(3)})
+        assert len(set(fresh(torch.full((3,), 2**63 - 1), tally).tolist())) == 3
+
+
+def test_gradient_free_looks_have_fresh_draws_too() -> None:
+    """Six probes and the honest look, twice: the six of each round and both rounds differ in their noise; the honest ones have none."""
+    b = bench(4)
+    model = Shown(b.model)
+    problem = posed(model, b.x, b.labels)
+    still = Through(Shift(), Probes(0.0))
+    for _ in range(2):
+        still(problem, b.x)
+    noise = [seen - b.x for seen in model.seen[1:]]
+    assert [bool((change == 0).all()) for change in noise] == ([False] * 6 + [True]) * 2
+    drawn = [change for change in noise if bool((change != 0).any())]
+    assert all(not torch.equal(one, other) for one, other in itertools.combinations(drawn, 2))
+    assert problem.tally.backwards.tolist() == [0] * 10
+
+
+def test_known_clean_outputs_shift_no_draw_of_a_gradient_free_source() -> None:
+    b = bench(4, n=9)
+    attack = Attack("probed", Linf(), margin, Descent(OfRadius(0.25), gradient=Through(Shift(0.05), Probes())), 5)
+    whole = attack(b.model, b.x, b.labels, 0.12, drop=False)
+    for other in (
+        attack(b.model, b.x, b.labels, 0.12, drop=False, clean=b.model(b.x.double()).detach()),
+        attack(Victim(b.model, batch_size=2), b.x, b.labels, 0.12, drop=False),
+    ):
+        assert torch.equal(other.x_adv, whole.x_adv)
+    order = torch.tensor([5, 3, 3, 0])
+    assert torch.equal(attack(b.model, b.x[order], b.labels[order], 0.12, drop=False).x_adv, whole.x_adv[order])
+    dropped = attack(b.model, b.x, b.labels, 0.12)
+    assert torch.equal(dropped.reached, whole.reached)
 
 
 def test_sources_work_under_any_descent() -> None:

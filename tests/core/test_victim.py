@@ -39,7 +39,8 @@ class Limited(nn.Module):
 @pytest.mark.parametrize("backward", [False, True])
 @pytest.mark.parametrize("name", list(entries()))
 def test_running_out_of_memory_changes_no_result(name: str, most: int, error: type[Exception], backward: bool) -> None:
-    b, threat = bench(4, n=9), entries()[name].threats[0]
+    threat = entries()[name].threats[0]
+    b = bench(4, n=9, threat=threat)
     plain = small(entries()[name], threat)(b.model, b.x, b.labels, radius_of(threat))
     model = Limited(b.model, most, error, backward)
     tight = small(entries()[name], threat)(model, b.x, b.labels, radius_of(threat))
@@ -47,7 +48,7 @@ def test_running_out_of_memory_changes_no_result(name: str, most: int, error: ty
     assert torch.allclose(plain.x_adv, tight.x_adv, atol=1e-6)
     if not backward:  # a pass that died on the way back was made and counts
         check_same(plain, tight)
-    assert max(model.seen) == 9
+    assert max(model.seen) >= 9
 
 
 def test_one_row_too_many_is_an_error() -> None:
@@ -82,8 +83,8 @@ class Exported(nn.Module):
 @pytest.mark.parametrize("size", [1, 4, 9, 16])
 @pytest.mark.parametrize("name", list(entries()))
 def test_a_fixed_batch_is_padded(name: str, size: int) -> None:
-    b = bench(4, n=9)
-    attack = small(entries()[name], "l2" if "l2" in entries()[name].threats else entries()[name].threats[0])
+    threat = "l2" if "l2" in entries()[name].threats else entries()[name].threats[0]
+    b, attack = bench(4, n=9, threat=threat), small(entries()[name], threat)
     plain = attack(b.model, b.x, b.labels, 0.35)
     check_same(plain, attack(Victim(Exported(b.model, size), fixed_batch=size), b.x, b.labels, 0.35))
 

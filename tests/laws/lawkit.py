@@ -19,11 +19,16 @@ from epsball.attacks import Entry, entries
 from epsball.core import Attack, AttackLike, Descent, Goal, Key, OfRadius, Outcome, Problem, Projects, Targeted, Untargeted, Victim, as_goal
 from epsball.core.attack import pose
 from epsball.objectives import OBJECTIVES
-from epsball.threats import THREATS, named
+from epsball.threats import L0, L1, L2, LUV, RGB, THREATS, Added, Color, Composed, Linf, compose, is_input, named
 
-SMALL = {"steps": 6, "restarts": 2, "targets": 2, "draws": 6}
+SMALL = {"steps": 6, "restarts": 2, "targets": 2, "draws": 6, "rotations": 3, "shifts": 3}
+SLOW = {"physical": {"draws": 2, "steps": 3}}
+"""Smaller still."""
 RADII = {"linf": 0.12, "l2": 0.35, "l1": 0.9, "l0": 2.0, "l0f": 2.0}
+RADII |= {"flow": 0.5, "color": 0.12, "color-luv": 0.12, "rigid": 0.4, "patch": 1.0, "compose": 0.1}
 UNIT = (0.0, 1.0)
+NORMS = ("linf", "l2", "l1", "l0", "l0f")
+"""Threats whose x is any tensor and whose `Room` can be set; the others change images."""
 
 
 def rng(*seed: int) -> np.random.Generator:
@@ -73,12 +78,30 @@ def conv(classes: int, channels: int = 2, seed: int = 0) -> nn.Module:
 # Attacks and threats in the sizes that the laws use.
 
 
+def threat_of(name: str) -> Projects:
+    """The registered threat, colors on small grids; `compose` stands for one that moves, recolors and adds."""
+    few = {"color": Color(RGB, (4, 5, 3)), "color-luv": Color(LUV, (4, 5, 3))}
+    if name == "compose":
+        return compose((few["color"], 1.0), (named("flow"), 2.0), (named("linf"), 0.4))
+    return few.get(name) or named(name)
+
+
+def channels_of(threat: str) -> int:
+    """Channels of the images that the threat is tried on."""
+    return 3 if threat in ("color", "color-luv", "compose") else 2
+
+
+def bounds_of(threat: str) -> tuple[float, float]:
+    """A box other than [0, 1] that the threat can live in."""
+    return (0.1, 0.7) if channels_of(threat) == 3 else (-3.0, 5.0)
+
+
 def small(entry: Entry, threat: str | Projects | None = None, **options: Any) -> AttackLike:
     """The registered recipe in few steps; options that it does not have are left out."""
     known = inspect.signature(entry.recipe).parameters
-    wanted = {name: value for name, value in {**SMALL, **options}.items() if name in known}
+    wanted = {name: value for name, value in {**SMALL, **SLOW.get(entry.name, {}), **options}.items() if name in known}
     if threat is not None:
-        wanted["threat"] = named(threat) if isinstance(threat, str) else threat
+        wanted["threat"] = threat_of(threat) if isinstance(threat, str) else threat
     return entry.recipe(**wanted)
 
 
@@ -97,8 +120,8 @@ def radius_of(threat: str) -> float:
     """A radius at which attacks on `bench` are neither hopeless nor certain; a new threat gets a quarter of its reach."""
     if threat in RADII:
         return RADII[threat]
-    inside = named(threat).within(UNIT)
-    return float(inside.reach(torch.full((1, 2, 3, 3), 0.5))[0]) / 4
+    inside = threat_of(threat).within(UNIT)
+    return float(inside.reach(torch.full((1, channels_of(threat), 3, 3), 0.5))[0]) / 4
 
 
 @dataclass(frozen=True)
@@ -113,10 +136,11 @@ class Bench:
         return Targeted((self.labels + 1) % classes) if targeted else Untargeted(self.labels)
 
 
-def bench(classes: int = 4, n: int = 10, seed: int = 0, kind: str = "mlp", wrong: int = 2) -> Bench:
-    """`n` images (2, 3, 3) labelled by the model itself, but for the first `wrong` of them."""
-    model = conv(classes, seed=seed) if kind == "conv" else mlp(18, classes, seed)
-    x = tensor(rng(seed, 2).random((n, 2, 3, 3)))
+def bench(classes: int = 4, n: int = 10, seed: int = 0, kind: str = "mlp", wrong: int = 2, threat: str = "linf") -> Bench:
+    """`n` images (2, 3, 3), or as many channels as the threat needs, labelled by the model itself, but for the first `wrong`."""
+    channels = channels_of(threat)
+    model = conv(classes, channels, seed=seed) if kind == "conv" else mlp(9 * channels, classes, seed)
+    x = tensor(rng(seed, 2).random((n, channels, 3, 3)))
     labels = model(x.double()).argmax(1)
     mistaken = torch.arange(n) < wrong
     return Bench(model, x, torch.where(mistaken, (labels + 1) % classes, labels), mistaken)
@@ -130,42 +154,90 @@ def answers(model: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
 
 
 def through_disk(x: Tensor) -> Tensor:
-    """What comes back from an .npy file, in float64."""
+    """What comes back from an .npy file, in float64; the format has no bfloat16, of which float32 loses nothing."""
     file = io.BytesIO()
-    np.save(file, x.numpy())
+    np.save(file, (x.float() if x.dtype is torch.bfloat16 else x).numpy())
     file.seek(0)
     return torch.from_numpy(np.load(file, allow_pickle=False)).double()
 
 
-def measured(threat: str, x: Tensor, x_adv: Tensor) -> Tensor:
+def measured(threat: str, x: Tensor, z: Tensor) -> Tensor:
     """(B,) sizes, written again from the definitions; a threat without a definition here must measure itself."""
-    change = (x_adv.double() - x.double()).flatten(1)
-    if threat == "linf":
+    return measure(threat_of(threat), x, z)
+
+
+def measure(threat: Projects, x: Tensor, z: Tensor) -> Tensor:
+    """`measured`, of a threat itself."""
+    if isinstance(threat, Composed):
+        pieces = threat.split(x, z)
+        return torch.stack([measure(p, x, piece) / b for p, b, piece in zip(threat.parts, threat.budgets, pieces, strict=True)]).amax(0)
+    if isinstance(threat, Added):
+        return measure(threat.norm, torch.zeros_like(z), z)
+    values = z.double().numpy()
+    if threat.name == "flow":
+        return torch.from_numpy(np.hypot(values[:, 0], values[:, 1]).reshape(len(x), -1).max(1))
+    if threat.name in ("color", "color-luv"):
+        return torch.from_numpy(np.abs(values).reshape(len(x), -1).max(1))
+    if threat.name == "rigid":
+        return torch.from_numpy(np.abs(values / [30.0, 3.0, 3.0]).max(1))
+    change = (z.double() - x.double()).flatten(1)
+    if isinstance(threat, Linf):
         return change.abs().amax(1)
-    if threat in ("l1", "l2"):
-        return torch.tensor([np.linalg.norm(row, 1 if threat == "l1" else 2) for row in change.numpy()], dtype=torch.float64)
-    if threat == "l0f" or (threat == "l0" and x.ndim < 4):
-        return (change != 0).sum(1).double()
-    if threat == "l0":
-        return (x_adv != x).any(1).flatten(1).sum(1).double()
-    return named(threat).size(x, x_adv)
+    if isinstance(threat, L1 | L2):
+        return torch.tensor([np.linalg.norm(row, 1 if isinstance(threat, L1) else 2) for row in change.numpy()], dtype=torch.float64)
+    if isinstance(threat, L0):
+        pixels = (z != x).any(1).flatten(1) if not threat.features and x.ndim == 4 else change != 0
+        return pixels.sum(1).double()
+    if threat.name == "patch":
+        return torch.tensor([_side(row) for row in (z != x).any(1).numpy()], dtype=torch.float64)
+    return threat.size(x, z)
+
+
+def _side(changed: Any) -> int:
+    """Longer side of the smallest rectangle that holds every True of (H, W)."""
+    places = np.argwhere(changed)
+    return int((places.max(0) - places.min(0) + 1).max()) if len(places) else 0
 
 
 # Checks.
 
 
-def check_legal(threat: str, x: Tensor, x_adv: Tensor, radius: float | Tensor, box: tuple[Any, Any] = UNIT) -> None:
-    """P1, P2: inside the ball in float64 after a round trip through disk, inside the box, same shape and type, finite."""
+LOOSE = 1e-6
+"""Powers and sines round by their place in a batch: what rests on them is made again to this, everything else to the bit."""
+
+
+def check_legal(
+    threat: str | Projects, x: Tensor, x_adv: Tensor, radius: float | Tensor, box: tuple[Any, Any] = UNIT, z: Tensor | None = None
+) -> None:
+    """P1, P2: inside the ball in float64 after a round trip through disk, inside the box, same shape and type, finite.
+
+    Where the threat's variable `z` is not the input, it is what is measured, and x_adv must be what it makes of x.
+    """
+    threat = threat_of(threat) if isinstance(threat, str) else threat
     assert x_adv.shape == x.shape
     assert x_adv.dtype == x.dtype
     assert bool(torch.isfinite(x_adv).all()), "not finite"
     stored, clean = through_disk(x_adv), through_disk(x)
-    size = measured(threat, clean.reshape(x.shape), stored.reshape(x.shape))
+    if is_input(threat):
+        size = measure(threat, clean.reshape(x.shape), stored.reshape(x.shape))
+    else:
+        assert z is not None, "a threat with a variable of its own"
+        size = measure(threat, clean.reshape(x.shape), through_disk(z).reshape(z.shape))
+        made = threat.within(box).apply(x, z)
+        exact = not any(word in threat.name for word in ("luv", "rigid"))
+        assert torch.equal(made, x_adv) if exact else torch.allclose(made, x_adv, rtol=0, atol=LOOSE), "z does not make x_adv"
     limit = torch.as_tensor(radius, dtype=torch.float64).expand(len(x))
     assert bool((size <= limit).all()), f"outside the ball by {float((size - limit).max()):g}"
     low, high = (torch.as_tensor(b, dtype=torch.float64) for b in box)
     assert bool((stored >= low).all()), "below the box"
     assert bool((stored <= high).all()), "above the box"
+
+
+def check_outcome(threat: str, x: Tensor, outcome: Outcome, radius: float | Tensor, box: tuple[Any, Any] = UNIT) -> None:
+    """`check_legal` of what an attack handed back; z is the input where the threat says so."""
+    if is_input(threat_of(threat)):
+        assert torch.equal(outcome.z, outcome.x_adv)
+    check_legal(threat, x, outcome.x_adv, radius, box, outcome.z)
 
 
 def wins(goal: Goal, output: Tensor) -> Tensor:
@@ -180,10 +252,11 @@ def wins(goal: Goal, output: Tensor) -> Tensor:
 
 
 def check_replay(threat: str, model: Callable[[Tensor], Tensor], x: Tensor, goal: Goal | Tensor, outcome: Outcome) -> None:
-    """P6: `reached` and `size` are what a fresh look finds."""
+    """P6: `reached` and `size` are what a fresh look finds; where z is the input, it is the one handed back."""
     fresh = wins(as_goal(goal), answers(model, outcome.x_adv))
     assert torch.equal(outcome.reached, fresh), f"claimed {outcome.reached.tolist()}, fresh {fresh.tolist()}"
-    assert torch.allclose(outcome.size, measured(threat, x, outcome.x_adv), rtol=1e-12, atol=0)
+    assert torch.equal(outcome.z, outcome.x_adv) or not is_input(threat_of(threat))
+    assert torch.allclose(outcome.size, measured(threat, x, outcome.z), rtol=1e-12, atol=0)
 
 
 def check_same(one: Outcome, other: Outcome) -> None:
@@ -210,7 +283,7 @@ def objective_for(classes: int) -> list[str]:
     return [name for name in OBJECTIVES if classes > 2 or not name.startswith("dlr")]
 
 
-ALL_THREATS = tuple(THREATS)
+ALL_THREATS = (*THREATS, "compose")
 
 
 def posed(
@@ -218,7 +291,7 @@ def posed(
 ) -> Problem:
     """A problem as an attack would see it."""
     attack = Attack(
-        "law", named(threat) if isinstance(threat, str) else threat, objective or OBJECTIVES["margin"], Descent(OfRadius(0.25)), 1
+        "law", threat_of(threat) if isinstance(threat, str) else threat, objective or OBJECTIVES["margin"], Descent(OfRadius(0.25)), 1
     )
     return pose(attack, Victim.of(model), x, as_goal(goal), radius, Key((0,)), options.get("clean"))
 

@@ -283,7 +283,7 @@ def stop_one_early(patch: Patch) -> None:
 
 
 def ledger_not_cut(patch: Patch) -> None:
-    patch.setattr(Tally, "take", lambda self, rows: Tally(self.forwards, self.backwards, self.rows[: len(self.rows[rows])]))
+    patch.setattr(Tally, "take", lambda self, rows: replace(self, rows=self.rows[: len(self.rows[rows])]))
 
 
 MUTANTS: list[tuple[Callable[[Patch], None], Callable[[], None]]] = [

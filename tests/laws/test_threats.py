@@ -1,4 +1,4 @@
-"""Threat laws, over everything in `THREATS`."""
+"""Threat laws, over the norms of `THREATS`; those that only images have are in test_image_threats.py."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from lawkit import ALL_THREATS, check_legal, measured, rng, tensor
+from lawkit import NORMS, check_legal, measured, rng, tensor
 from torch import Tensor
 
 from epsball.core import Key, Projects, content_ids
@@ -70,7 +70,7 @@ def inner(bound: Any, like: Tensor, toward: float) -> Tensor:
 
 cases = st.builds(
     build,
-    st.sampled_from(ALL_THREATS),
+    st.sampled_from(NORMS),
     st.integers(0, 10**6),
     st.sampled_from(SHAPES),
     st.sampled_from(DTYPES),
@@ -119,7 +119,7 @@ def test_rows_are_independent(case: Case) -> None:
         assert torch.equal(case.threat.steepest(x, whole[one].clone(), (case.z - case.x)[one].clone()), direction[one])
 
 
-@pytest.mark.parametrize("name", ALL_THREATS)
+@pytest.mark.parametrize("name", NORMS)
 @pytest.mark.parametrize("features", [3072, 50_000])
 def test_rows_are_independent_in_large_samples(name: str, features: int) -> None:
     random, threat = rng(features), named(name).within((0.0, 1.0))
@@ -147,7 +147,7 @@ def test_starts_are_legal_and_keyed(case: Case, noisy: bool) -> None:
     assert torch.equal(case.threat.start(case.x[order], case.radius[order], key, ids[order]), z[order])
 
 
-@pytest.mark.parametrize("name", ALL_THREATS)
+@pytest.mark.parametrize("name", NORMS)
 def test_noise_differs_by_seed_and_fills_the_ball(name: str) -> None:
     threat, x = named(name).within((0.0, 1.0)), torch.full((6, 2, 4, 4), 0.5)
     x = x + torch.arange(6).reshape(6, 1, 1, 1) * 0.01
@@ -192,7 +192,7 @@ def reference(name: str, x: Any, z: Any, low: Any, high: Any, radius: float, pix
 
 
 @given(
-    st.sampled_from(("linf", "l2", "l1", "l0", "l0f")),
+    st.sampled_from(NORMS),
     st.integers(0, 10**6),
     st.sampled_from(((1,), (6,), (2, 2, 2), (3, 2))),
     st.sampled_from(BOXES),
@@ -239,7 +239,7 @@ def test_steepest_meets_the_dual_norm(name: str, seed: int, scale: float) -> Non
         assert float((short * threat.steepest(x[:1].float(), x[:1].float(), short)).sum()) > 0
 
 
-@pytest.mark.parametrize("name", ALL_THREATS)
+@pytest.mark.parametrize("name", NORMS)
 def test_steepest_of_odd_gradients_is_finite(name: str) -> None:
     threat = named(name).within((0.0, 1.0))
     x = torch.full((1, 2, 3, 3), 0.5)
@@ -266,7 +266,7 @@ def test_steepest_of_odd_gradients_is_finite(name: str) -> None:
     assert torch.equal(together, torch.cat([threat.steepest(x, x, g) for g in odd.values()]))
 
 
-@pytest.mark.parametrize("name", ALL_THREATS)
+@pytest.mark.parametrize("name", NORMS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
 def test_radii_next_to_representable_numbers(name: str, dtype: torch.dtype) -> None:
     """Radii one float64 step beside a representable change: the sum rounds to the wrong side unless bounds are checked."""
@@ -282,7 +282,7 @@ def test_radii_next_to_representable_numbers(name: str, dtype: torch.dtype) -> N
     assert torch.equal(threat.project(x, p, radius), p)
 
 
-@pytest.mark.parametrize("name", ALL_THREATS)
+@pytest.mark.parametrize("name", NORMS)
 def test_data_that_round_past_the_box_are_left_alone(name: str) -> None:
     """A normalised image's brightest pixel in float32 can exceed the float64 bound by half a step; that is no change."""
     high = (1 - 0.485) / 0.229
@@ -294,7 +294,7 @@ def test_data_that_round_past_the_box_are_left_alone(name: str) -> None:
         assert torch.equal(p, x)
 
 
-@pytest.mark.parametrize("name", ALL_THREATS)
+@pytest.mark.parametrize("name", NORMS)
 def test_reach_is_enough_and_needed(name: str) -> None:
     threat = named(name).within((-3.0, 5.0))
     x = tensor(rng(1).random((4, 2, 3, 3)) * 8 - 3)
@@ -304,7 +304,7 @@ def test_reach_is_enough_and_needed(name: str) -> None:
     assert not torch.equal(threat.project(x, corner, reach * 0.9), corner)
 
 
-@pytest.mark.parametrize("name", ALL_THREATS)
+@pytest.mark.parametrize("name", NORMS)
 def test_memory_layout_changes_nothing(name: str) -> None:
     threat = named(name).within((0.0, 1.0))
     x, z = tensor(rng(1).random((4, 3, 4, 4))), tensor(rng(2).random((4, 3, 4, 4)) * 3 - 1)
@@ -326,7 +326,7 @@ def test_changing_x_in_place_is_noticed() -> None:
 
 
 def test_every_threat_builds_named_and_shows_itself() -> None:
-    for name in ALL_THREATS:
+    for name in NORMS:
         threat = named(name)
         assert threat.name == name
         assert name.rstrip("f") in repr(threat).lower()

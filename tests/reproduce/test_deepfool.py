@@ -78,5 +78,5 @@ def test_shares_and_changes(net, x):
 def test_quick(quick):
     finding = run("deepfool", quick("deepfool"))
     assert len(finding.lines) == 3 * 11
-    assert [figure.name for figure in finding.figures] == ["rho-lenet", "images", "rho-fc500-150-10", "rho-lenet-like"]
+    assert [figure.name for figure in finding.figures] == ["rho-lenet", "images", "rho-fc500-150-10", "rho-batch-norm"]
     assert finding.figures[1].svg.count("<image") == 24

@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import nn
 
-from epsball.reproduce import Setting
+from epsball.reproduce import Setting, nets
 from epsball.reproduce.base import run
-from epsball.reproduce.universal import crossed, lines, measured, noise_like, pooled, searches, visible
+from epsball.reproduce.universal import crossed, lines, measured, noise_like, searches, visible
 from epsball.threats import L2, Linf
 
 QUICK = Setting(quick=True)
@@ -64,7 +64,7 @@ def test_the_papers_stop():
     found = searches(Linf(), quick=False)
     assert found["sum"].base.name == "deepfool"
     assert found["sum"].reach == float("inf")
-    assert pooled()(torch.zeros(1, 3, 32, 32)).shape == (1, 10)
+    assert nets.cifar_normed()(torch.zeros(2, 3, 32, 32)).shape == (2, 10)
 
 
 @pytest.mark.slow

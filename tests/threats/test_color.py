@@ -133,6 +133,31 @@ def test_color_laws(dtype: torch.dtype) -> None:
     assert torch.equal(d, z.sign())
 
 
+def test_gray_images_have_a_curve_of_gray_values() -> None:
+    x = some_images()[:, :1].double()
+    threat = Color(RGB, (5, 9, 9)).within((0.0, 1.0))
+    z = threat.start(x, torch.full((4,), 0.2, dtype=torch.float64), KEY, content_ids(x))
+    assert z.shape == (4, 1, 5)
+    moved = threat.apply(x, z)
+    for n in range(4):
+        curve = np.interp(x[n].numpy(), np.linspace(0, 1, 5), z[n, 0].numpy())
+        assert np.allclose(moved[n].numpy(), np.clip(x[n].numpy() + curve, 0, 1), atol=1e-12)
+    assert unevenness(z).tolist() == pytest.approx([2 * float(row.diff().abs().sum()) for row in z[:, 0]], rel=1e-6)
+    assert Color(LUV).name == "color-luv"
+    with pytest.raises(BadInput, match="use color"):
+        Color(LUV).start(x, torch.ones(4, dtype=torch.float64), None, content_ids(x))
+
+
+def test_luv_rounds_alike_wherever_a_row_stands() -> None:
+    """Powers round by their place in a batch; float64 inside leaves nothing of that in float32."""
+    x = tensor(rng(2).random((33, 3, 5, 5)))
+    threat = Color(LUV, SMALL).within((0.0, 1.0))
+    z = threat.start(x, torch.full((33,), 0.1, dtype=torch.float64), KEY, content_ids(x))
+    whole = threat.apply(x, z)
+    alone = torch.cat([threat.apply(x[row : row + 1], z[row : row + 1]) for row in range(33)])
+    assert torch.equal(whole, alone)
+
+
 def model_of(classes: int = 4) -> nn.Module:
     return filled(nn.Sequential(nn.Flatten(), nn.Linear(90, 16), nn.Tanh(), nn.Linear(16, classes)), 3, 2.0).double()
 

@@ -28,6 +28,7 @@ from epsball.objectives import cross_entropy, dlr, dlr_targeted
 from epsball.threats import L1, Linf
 
 _NORMS = ("linf", "l2", "l1")
+_MORE = (*_NORMS, "flow", "color", "color-luv", "rigid", "patch", "compose")
 
 
 @dataclass(frozen=True)
@@ -109,7 +110,7 @@ def _search(threat: Projects, noise: bool) -> Strategy:
     return SparseAscent(noise=noise) if isinstance(threat, L1) else Descent(Halving(), inertia=0.75, noise=noise)
 
 
-@register(paper="Croce & Hein 2020, arXiv 2003.01690", threats=_NORMS, cost="restarts * (steps forwards and backwards, 1 forward to judge)")
+@register(paper="Croce & Hein 2020, arXiv 2003.01690", threats=_MORE, cost="restarts * (steps forwards and backwards, 1 forward to judge)")
 def apgd(
     steps: int = 100,
     restarts: int = 1,
@@ -124,7 +125,7 @@ def apgd(
 
 @register(
     paper="Croce & Hein 2020, arXiv 2003.01690, section 4",
-    threats=_NORMS,
+    threats=_MORE,
     cost="restarts * (steps forwards and backwards, 1 forward to judge)",
 )
 def apgd_dlr(steps: int = 100, restarts: int = 1, threat: Projects | None = None) -> AttackLike:

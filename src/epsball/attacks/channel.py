@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from epsball.attacks.registry import register
 from epsball.core import Attack, Descent, Goal, Key, Model, Objective, OfRadius, Projects, Tally, Victim, as_goal, autograd, content_ids
 from epsball.core.rows import moved
 from epsball.core.sources import Eot, Through
@@ -169,6 +170,11 @@ def _tables(like: Tensor, color: bool) -> Tensor:
     return torch.stack([bright, chroma, chroma])
 
 
+@register(
+    paper="Athalye et al. 2018, arXiv 1707.07397; Kurakin et al. 2017, arXiv 1607.02533",
+    threats=("linf", "l2", "patch"),
+    cost="steps * (draws + 1 forwards, draws backwards), 1 forward to judge",
+)
 def physical(
     steps: int = 40,
     draws: int = 8,

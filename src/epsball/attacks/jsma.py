@@ -1,7 +1,8 @@
-"""Jacobian-based Saliency Map Attack (JSMA): few features, changed a lot, chosen by the logits' derivatives."""
+"""Jacobian-based Saliency Map Attack (JSMA): few features, changed a lot, chosen by the derivatives of what the model answers."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -18,14 +19,35 @@ from epsball.threats import L0
 
 _ENTRIES = 2**22  # of a block of the pair search: 32 MiB in float64
 
+Outputs = Callable[[Tensor, Tensor], Tensor]
+"""(logits (B, C), target (B,)) -> (B, 2): F_t and the sum of the other F_j; or (B, 1) where that sum falls as F_t rises."""
+
+
+def probabilities(output: Tensor, target: Tensor) -> Tensor:
+    """F are the softmax's: log p_t. All p sum to 1, so eq. (8) takes p_t' and -p_t'; over p_t the order stays and nothing underflows."""
+    return output.log_softmax(1).gather(1, target[:, None])
+
+
+def logits(output: Tensor, target: Tensor) -> Tensor:
+    """F are the logits."""
+    own = output.gather(1, target[:, None])
+    return torch.cat([own, output.sum(1, keepdim=True) - own], 1)
+
 
 @register(
     paper="Papernot et al. 2016, arXiv 1511.07528",
     threats=("l0f", "l0"),
     kind="smallest",
-    cost="per step a sample needs: 2 forwards (the first step 1) and 2 backwards, for any number of classes; 1 forward to judge",
+    cost="per step a sample needs: 2 forwards (the first step 1), 1 backward (2 over logits), whatever the classes; 1 forward to judge",
 )
-def jsma(steps: int = 100, theta: float = 1.0, gamma: float = 1.0, pairs: bool = True, threat: Projects | None = None) -> Attack:
+def jsma(
+    steps: int = 100,
+    theta: float = 1.0,
+    gamma: float = 1.0,
+    pairs: bool = True,
+    outputs: Outputs = probabilities,
+    threat: Projects | None = None,
+) -> Attack:
     """JSMA, Algorithms 2 and 3: change the features of most saliency by theta until the target is hit.
 
     Saliency of p, eq. (8): 0 if dF_t/dx_p < 0 or the sum over the other classes dF_j/dx_p > 0, else dF_t/dx_p * |that sum|; for
@@ -35,17 +57,21 @@ def jsma(steps: int = 100, theta: float = 1.0, gamma: float = 1.0, pairs: bool =
         steps: moves at most. theta: change of a feature, in units of the input; its sign says whether features grow or shrink.
         gamma: share of all features that may change (the paper's 0.145): at most floor(gamma * F / 2) pairs are moved.
         pairs: two features at once, as in Algorithm 3; else one.
+        outputs: what F are: `probabilities`, which hit more targets with fewer features, or `logits`.
         threat: L0, counting features (default) or pixels; the features are chosen one by one either way.
 
     The paper is targeted. An untargeted goal aims at the best other class by clean logit and ends at any other class.
-    F are the logits: over probabilities the other classes always sum to the target's derivative, turned. As in the paper and
-    unlike the first released code, a feature may be changed again until it meets the edge of the box. Differs from both: a
-    derivative is multiplied by how far its feature can still move, theta at most, so that no move is spent on a feature
-    that is all but at its bound.
+    As in the paper and unlike the first released code, a feature may be changed again until it meets the edge of the box.
+    Differs from both: a derivative is multiplied by how far its feature can still move, theta at most, so that no move is
+    spent on a feature that is all but at its bound. On a ReLU LeNet, gamma 0.145, 450 pairs of digit and target:
+    probabilities hit 98 % growing and 98 % shrinking with 4.1 and 4.2 % of the features, logits 92 % and 65 % with 5.1 and
+    4.4 % (`epsball reproduce jsma`).
     """
     if not 0 <= gamma <= 1:
         raise BadInput(f"gamma: {gamma}: must lie in 0 .. 1")
-    return Attack("jsma", threat or L0(features=True), margin, UntilReached(MostSalient(theta, gamma, pairs)), steps, smallest=True)
+    return Attack(
+        "jsma", threat or L0(features=True), margin, UntilReached(MostSalient(theta, gamma, pairs, outputs)), steps, smallest=True
+    )
 
 
 @dataclass(frozen=True)
@@ -55,6 +81,7 @@ class MostSalient:
     theta: float
     gamma: float
     pairs: bool
+    outputs: Outputs
 
     def start(self, problem: Problem) -> tuple[Tensor, Tensor]:
         """The target class and the number of moves made, (B,) each."""
@@ -64,7 +91,7 @@ class MostSalient:
         return target, torch.zeros_like(target)
 
     def go(self, problem: Problem, z: Tensor, output: Tensor, memory: tuple[Tensor, Tensor]) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        """One move; z itself where no feature is salient or gamma is spent. Cost: 1 forward and 2 backward rows."""
+        """One move; z itself where no feature is salient or gamma is spent. Cost: 1 forward and 1 or 2 backward rows."""
         target, made = memory
         gain, loss = self._derivatives(problem, z, target)  # of the paper; below: of a move
         low, high = problem.threat.room.interval(problem.x)  # type: ignore[attr-defined]
@@ -78,16 +105,12 @@ class MostSalient:
         return problem.threat.project(problem.x, moved, problem.radius), (target, made + 1)
 
     def _derivatives(self, problem: Problem, z: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, F) float64: how fast the target's logit rises and how fast the others' sum falls when a feature moves as theta says."""
+        """(B, F) float64: how fast F_t rises and how fast the sum of the others falls when a feature moves as theta says."""
 
         def two(at: Tensor, aim: Tensor, books: Tally) -> tuple[Tensor, Tensor]:
-            def columns(output: Tensor) -> Tensor:
-                own = output.gather(1, aim[:, None])
-                return torch.cat([own, output.sum(1, keepdim=True) - own], 1)
-
-            _, _, slopes = logit_gradients(problem.victim, at, books, columns)
-            own, others = (torch.nan_to_num(s.double().flatten(1), nan=0.0, posinf=0.0, neginf=0.0) for s in slopes)
-            return own, others
+            _, _, slopes = logit_gradients(problem.victim, at, books, lambda output: self.outputs(output, aim))
+            own = torch.nan_to_num(next(slopes).double().flatten(1), nan=0.0, posinf=0.0, neginf=0.0)
+            return own, torch.nan_to_num(next(slopes, -own).double().flatten(1), nan=0.0, posinf=0.0, neginf=0.0)
 
         own, others = problem.victim.split(two, z, target, problem.tally)
         sign = 1.0 if self.theta > 0 else -1.0

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from epsball.attacks.registry import register
+from epsball.attacks.registry import EVERY, register
 from epsball.core import Attack, Objective, Problem, Projects, Reading
 from epsball.core.victim import Access
 from epsball.errors import BadInput
@@ -38,7 +38,12 @@ class FreshDraws:
         return _Draw(problem.threat.start(problem.x, problem.radius, key, problem.ids), number)
 
 
-@register(paper="the random-noise control of Carlini et al. 2019, arXiv 1902.06705", access=Access.SCORES, cost="draws forwards")
+@register(
+    paper="the random-noise control of Carlini et al. 2019, arXiv 1902.06705",
+    access=Access.SCORES,
+    threats=EVERY,
+    cost="draws forwards",
+)
 def noise(draws: int = 10, threat: Projects | None = None, objective: Objective = margin) -> Attack:
     """Independent random points of the ball; keeps the best. Needs no gradient."""
     if draws < 1:

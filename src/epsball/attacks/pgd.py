@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from epsball.attacks.combine import restarted
-from epsball.attacks.registry import register
+from epsball.attacks.registry import EVERY, register
 from epsball.core import Attack, AttackLike, Descent, Fixed, Momentum, Objective, OfRadius, Projects, Steepest, StepSize, Unit, chain
 from epsball.objectives import cross_entropy
 from epsball.threats import Linf
 
 
-@register(paper="Goodfellow et al. 2015, arXiv 1412.6572", cost="1 forward and 1 backward, 1 forward to judge")
+@register(paper="Goodfellow et al. 2015, arXiv 1412.6572", threats=EVERY, cost="1 forward and 1 backward, 1 forward to judge")
 def fgsm(threat: Projects | None = None, objective: Objective = cross_entropy) -> Attack:
     """Fast gradient sign method: one step of the whole radius.
 
@@ -19,7 +19,7 @@ def fgsm(threat: Projects | None = None, objective: Objective = cross_entropy) -
     return Attack("fgsm", threat or Linf(), objective, Descent(OfRadius(1.0)), steps=1)
 
 
-@register(paper="Kurakin et al. 2017, arXiv 1607.02533", cost="steps forwards and backwards, 1 forward to judge")
+@register(paper="Kurakin et al. 2017, arXiv 1607.02533", threats=EVERY, cost="steps forwards and backwards, 1 forward to judge")
 def bim(steps: int = 10, step: float | None = None, threat: Projects | None = None, objective: Objective = cross_entropy) -> Attack:
     """Basic iterative method: FGSM in small steps from the clean input.
 
@@ -28,7 +28,7 @@ def bim(steps: int = 10, step: float | None = None, threat: Projects | None = No
     return Attack("bim", threat or Linf(), objective, Descent(_step(step)), steps)
 
 
-@register(paper="Madry et al. 2018, arXiv 1706.06083", cost="restarts * (steps forwards and backwards, 1 forward to judge)")
+@register(paper="Madry et al. 2018, arXiv 1706.06083", threats=EVERY, cost="restarts * (steps forwards and backwards, 1 forward to judge)")
 def pgd(
     steps: int = 40,
     step: float | None = None,
@@ -46,7 +46,7 @@ def pgd(
     return restarted(Attack("pgd", threat or Linf(), objective, Descent(_step(step), noise=noise), steps), restarts)
 
 
-@register(paper="Dong et al. 2018, arXiv 1710.06081", cost="steps forwards and backwards, 1 forward to judge")
+@register(paper="Dong et al. 2018, arXiv 1710.06081", threats=EVERY, cost="steps forwards and backwards, 1 forward to judge")
 def mi_fgsm(
     steps: int = 10,
     step: float | None = None,

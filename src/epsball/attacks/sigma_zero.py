@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from epsball.attacks.minimal import offered
 from epsball.attacks.registry import register
 from epsball.core import Attack, Gradient, Problem, Projects, Reading, autograd
 from epsball.core.rows import per_sample
@@ -94,8 +95,13 @@ class SmoothCount:
         threshold = (state.threshold + self.adapt * rate * torch.where(reached, 1.0, -1.0)).clamp(0, 1)
         large = _together(problem.threat, change.square()).sqrt() >= per_sample(threshold, change)
         change = torch.where(large, change, torch.zeros_like(change))
-        z = problem.threat.project(problem.x, torch.where(change != 0, problem.x + change, problem.x), problem.radius)
-        return reading, replace(state, z=z, change=change, first=first, second=second, threshold=threshold, looks=looks)
+        # The count falls toward the radius from above: looks at the changes themselves, and only the last is cut to the radius.
+        limit = problem.radius if looks == state.steps else torch.full_like(problem.radius, torch.inf)
+        z = problem.threat.project(problem.x, torch.where(change != 0, problem.x + change, problem.x), limit)
+        inside = problem.threat.size(problem.x, state.z) <= problem.radius
+        return offered(problem, reading, inside), replace(
+            state, z=z, change=change, first=first, second=second, threshold=threshold, looks=looks
+        )
 
 
 def _together(threat: Projects, squares: Tensor) -> Tensor:

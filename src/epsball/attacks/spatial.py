@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from epsball.attacks.registry import register
 from epsball.attacks.transfer import Smooth
 from epsball.core import Attack, Descent, Gradient, Halving, Objective, Problem, Projects, Reading, Steepest, autograd, chain, valid
 from epsball.core.victim import Access
@@ -16,6 +17,7 @@ from epsball.threats.color import Color, Uneven
 from epsball.threats.flow import Flow, Rigid, Rough
 
 
+@register(paper="Xiao et al. 2018, arXiv 1801.02612", threats=("flow",), cost="steps forwards and backwards, 1 forward to judge")
 def stadv(
     steps: int = 100,
     weight: float = 0.01,
@@ -38,6 +40,11 @@ def stadv(
     return Attack("stadv", threat or Flow(), score, Descent(Halving(), rule, gradient, inertia=0.75, noise=noise), steps)
 
 
+@register(
+    paper="Laidlaw & Feizi 2019, arXiv 1906.00001, Algorithm 1",
+    threats=("color-luv", "color"),
+    cost="steps forwards and backwards, 1 forward to judge",
+)
 def recoloradv(
     steps: int = 100,
     weight: float = 0.0,
@@ -60,6 +67,12 @@ def recoloradv(
     return Attack("recoloradv", threat or Color(), score, strategy, steps)
 
 
+@register(
+    paper="Engstrom et al. 2019, arXiv 1712.02779, section 3",
+    threats=("rigid",),
+    access=Access.SCORES,
+    cost="rotations * shifts^2 + 2 forwards",
+)
 def rotation_translation(
     rotations: int = 31,
     shifts: int = 5,

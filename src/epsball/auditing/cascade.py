@@ -17,7 +17,7 @@ from epsball.auditing.sheet import Round, Sheet
 from epsball.auditing.statistics import mcnemar
 from epsball.core import AttackLike, LabelsChanged, Outcome
 from epsball.objectives import cross_entropy, margin
-from epsball.threats import named
+from epsball.threats import is_input
 
 LOSS_SAMPLE, LOSS_GAP = 128, 0.15
 EFFORT_SAMPLE, EFFORT_GAP = 64, 0.05
@@ -42,18 +42,18 @@ def stages_of(sheet: Sheet, threat: str, effort: str) -> tuple[Stage, ...]:
     """The plan for this model under one threat."""
     gradients = not any(f.id == "no-gradient" for f in sheet.findings)
     single = not isinstance(sheet.subject.goal, LabelsChanged)
-    return plan(threat, effort, classes=sheet.clean.shape[1], single_label=single, gradients=gradients)
+    return plan(sheet.threat(threat), effort, classes=sheet.clean.shape[1], single_label=single, gradients=gradients)
 
 
-def planned_rows(sheet: Sheet, effort: str) -> int:
-    """Most gradient rows that the whole plan can cost this model: every correct sample in every stage."""
-    per_sample = sum(stage.rows for r in sheet.rounds for stage in stages_of(sheet, r.threat, effort))
+def planned_rows(sheet: Sheet, effort: str, threat: str) -> int:
+    """Most gradient rows that the plan can cost this model under one threat: every correct sample in every stage."""
+    per_sample = sum(stage.rows for r in sheet.rounds if r.threat == threat for stage in stages_of(sheet, threat, effort))
     return int(sheet.correct.sum()) * max(per_sample, 1)
 
 
 def cascade(sheet: Sheet, referee: Referee, effort: str, seed: int, drop: bool, progress: Progress) -> None:
     """Fills the sheet. Interrupting it anywhere leaves a valid sheet: samples not yet attacked stand."""
-    total, behind = max(planned_rows(sheet, effort), 1), 0.0
+    total, behind = max(sum(planned_rows(sheet, effort, name) for name in sheet.hits), 1), 0.0
     correct = int(sheet.correct.sum())
     for current in sheet.rounds:
         started = time.perf_counter()
@@ -80,7 +80,7 @@ def attack_round(
     rows = sheet.standing(current.threat, current.radius).nonzero().squeeze(1)
     if not len(rows):
         return
-    started, subject, hits = time.perf_counter(), sheet.subject, sheet.hits[current.threat]
+    started, subject, hits, threat = time.perf_counter(), sheet.subject, sheet.hits[current.threat], sheet.threat(current.threat)
     x, goal = subject.x[rows], subject.goal.take(rows)
     outcome = attack(subject.victim, x, goal, current.radius, seed, clean=sheet.clean[rows], drop=drop, watch=watch)
     met = rows[outcome.flags["invalid"].cpu()]
@@ -88,9 +88,11 @@ def attack_round(
     claimed = outcome.reached.cpu().nonzero().squeeze(1)
     broken = rows[:0]
     if len(claimed):
-        x_adv = outcome.x_adv.cpu()[claimed]
-        ruling = referee.judge(x[claimed], x_adv, goal.take(claimed), current.threat, current.radius)
+        x_adv, z = outcome.x_adv.cpu()[claimed], None if is_input(threat) else outcome.z.cpu()[claimed]
+        ruling = referee.judge(x[claimed], x_adv, goal.take(claimed), threat, current.radius, z)
         broken = rows[claimed][ruling.broken]
+        if z is not None:
+            hits.z |= {int(row): one.clone() for row, one in zip(broken, z[ruling.broken], strict=True)}
         hits.x_adv[broken] = x_adv[ruling.broken]
         hits.size[broken] = ruling.size[ruling.broken]
         hits.predicted[broken] = ruling.predicted[ruling.broken]
@@ -122,7 +124,7 @@ def losses_agree(sheet: Sheet, current: Round, seed: int) -> None:
     subject, reached = sheet.subject, {}
     for objective in (cross_entropy, margin):
         started = time.perf_counter()
-        attack = pgd(10, threat=named(current.threat), objective=objective)
+        attack = pgd(10, threat=sheet.threat(current.threat), objective=objective)
         outcome = attack(subject.victim, subject.x[rows], subject.goal.take(rows), current.radius, seed, clean=sheet.clean[rows])
         reached[objective] = outcome.reached.cpu()
         row = _row(f"check: {objective.__name__}", repr(attack), len(rows), 0, outcome, time.perf_counter() - started)
@@ -155,7 +157,7 @@ def effort_suffices(sheet: Sheet, current: Round, effort: str, seed: int) -> Non
         return
     subject, started = sheet.subject, time.perf_counter()
     single = not isinstance(subject.goal, LabelsChanged)
-    attack = deeper(current.threat, effort, classes=sheet.clean.shape[1], single_label=single)
+    attack = deeper(sheet.threat(current.threat), effort, classes=sheet.clean.shape[1], single_label=single)
     outcome = attack(subject.victim, subject.x[rows], subject.goal.take(rows), current.radius, seed + 1, clean=sheet.clean[rows])
     broken = int(outcome.reached.sum())
     current.attacks.append(_row("check: more effort", repr(attack), len(rows), 0, outcome, time.perf_counter() - started))

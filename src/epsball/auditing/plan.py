@@ -2,13 +2,29 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 
-from epsball.attacks import apgd, apgd_dlr, apgd_t, noise, pgd
-from epsball.core import AttackLike
+from epsball.attacks import (
+    Cascade,
+    EveryTarget,
+    apgd,
+    apgd_dlr,
+    apgd_t,
+    by_logit,
+    corners,
+    noise,
+    outside_in,
+    pgd,
+    recoloradv,
+    rotation_translation,
+    sigma_zero,
+    stadv,
+)
+from epsball.core import AttackLike, Objective, Projects
 from epsball.errors import BadInput
 from epsball.objectives import cross_entropy, margin
-from epsball.threats import named
+from epsball.threats import L0, L1, L2, Color, Flow, Linf, Patch, Rigid
 
 EFFORTS = ("fast", "default", "max")
 _STEPS = {"fast": 10, "default": 40, "max": 100}
@@ -22,54 +38,127 @@ class Stage:
     rows: int
 
 
-def plan(threat: str, effort: str, *, classes: int, single_label: bool, gradients: bool) -> tuple[Stage, ...]:
+def plan(threat: Projects, effort: str, *, classes: int, single_label: bool, gradients: bool) -> tuple[Stage, ...]:
     """The cascade for one threat.
 
     Args:
-        threat: registry name. effort: fast, default or max. classes: scores per sample.
+        threat: any registered one. effort: fast, default or max. classes: scores per sample.
         single_label: one class per sample; aimed attacks and DLR need that, and 3 classes.
-        gradients: whether any gradient reaches the input; without, only noise is left.
+        gradients: whether any gradient reaches the input; without, only noise is left, and the grid of rigid motions.
     """
     if effort not in EFFORTS:
         raise BadInput(f"effort '{effort}': unknown: use one of {', '.join(EFFORTS)}")
-    level = EFFORTS.index(effort)
-    draws, steps, restarts = (5, 10, 100)[level], _steps(threat, effort), (1, 1, 3)[level]
+    level, aimed = EFFORTS.index(effort), single_label and classes >= 3
+    draws = (5, 10, 100)[level]
+    if isinstance(threat, Patch):
+        return _squares(threat, effort, gradients)
     if not gradients:
-        return (Stage(noise(100 * draws, threat=named(threat)), 50 * draws),)
-    stages = [Stage(noise(draws, threat=named(threat)), draws // 2), Stage(pgd(10, threat=named(threat), objective=margin), 10)]
-    if threat in ("l0", "l0f"):
-        restarts = (1, 5, 10)[level]  # which pixels PGD_0 settles on hangs on where it starts
-        for objective in (margin, cross_entropy):
-            attack = pgd(3 * steps, restarts=restarts, threat=named(threat), objective=objective)
-            stages.append(Stage(attack, 3 * steps * restarts))
-        return tuple(stages)
-    if single_label and classes >= 3:
+        blind = [Stage(noise(100 * draws, threat=threat), 50 * draws)]
+        return (*blind, _grid(threat, level)) if isinstance(threat, Rigid) else tuple(blind)
+    stages = [Stage(noise(draws, threat=threat), draws // 2), Stage(pgd(10, threat=threat, objective=margin), 10)]
+    if isinstance(threat, L0):
+        return (*stages, *_pixels(threat, effort))
+    if isinstance(threat, Rigid):
+        return (*stages, _grid(threat, level), _restarted(threat, effort, (1, 3, 5)[level], margin))
+    if isinstance(threat, Linf | L2 | L1):
+        return (*stages, *_norms(threat, effort, classes if aimed else 0))
+    return (*stages, _variable(threat, _steps(threat, effort), (5, 9, 9)[level], classes if aimed else 0), _restarted(threat, effort, 1))
+
+
+def _restarted(threat: Projects, effort: str, restarts: int, objective: Objective = cross_entropy) -> Stage:
+    steps = _steps(threat, effort)
+    return Stage(apgd(steps, restarts, threat=threat, objective=objective), steps * restarts)
+
+
+def _pixels(threat: L0, effort: str) -> Iterator[Stage]:
+    """Corners and sigma-zero find pixels whose gradients are small at first; which ones PGD_0 settles on hangs on where it starts."""
+    steps, restarts = _steps(threat, effort), (1, 2, 5)[EFFORTS.index(effort)]
+    for search in (corners(2 * steps, threat=threat), sigma_zero(8 * steps, threat=threat)):
+        yield Stage(replace(search, smallest=False), search.steps)  # any success within the radius will do
+    yield Stage(pgd(3 * steps, restarts=restarts, threat=threat, objective=margin), 3 * steps * restarts)
+
+
+def _squares(threat: Patch, effort: str, gradients: bool) -> tuple[Stage, ...]:
+    """Which square a search settles on hangs on where it starts, so many short ones beat few long ones, and solid colors most of both."""
+    level = EFFORTS.index(effort)
+    draws, restarts = (100, 400, 2000)[level], (20, 40, 100)[level]
+    paint = Stage(noise(draws if gradients else 5 * draws, threat=threat), draws // 2 if gradients else 5 * draws // 2)
+    if not gradients:
+        return (paint,)
+    short = Stage(apgd(10, restarts, threat=threat, objective=margin), 10 * restarts)
+    return paint, short, _restarted(threat, effort, (1, 3, 5)[level])
+
+
+def _grid(threat: Rigid, level: int) -> Stage:
+    """Every angle with every shift: in three dimensions nothing beats looking."""
+    rotations, shifts = ((11, 3), (31, 5), (61, 9))[level]
+    return Stage(rotation_translation(rotations, shifts, threat), rotations * shifts**2 // 2)
+
+
+def _norms(threat: Projects, effort: str, classes: int) -> Iterator[Stage]:
+    """From far away inward, then APGD in its three forms; `classes` 0 where nothing can be aimed at.
+
+    Under Linf the way from far away is left to the largest effort: there it breaks 1 to 3 of 1,000 more, elsewhere up to 9 of 10.
+    """
+    level, steps = EFFORTS.index(effort), _steps(threat, effort)
+    restarts = (1, 1, 3)[level]
+    if level == 2 or not isinstance(threat, Linf):
+        yield Stage(outside_in(_walk(effort), threat), _walk(effort) + 100)
+    if classes:
         targets = min((5, 9, 9)[level], classes - 1)
         # Aimed at the margin, not at targeted DLR: on robust models it breaks more in the same steps.
-        attack = apgd_t(steps, targets=targets, threat=named(threat), objective=margin)
-        stages.append(Stage(attack, steps * targets + targets + 4))
+        yield Stage(apgd_t(steps, targets=targets, threat=threat, objective=margin), steps * targets + targets + 4)
     else:
-        attack = apgd(3 * steps, restarts, threat=named(threat), objective=margin)
-        stages.append(Stage(attack, 3 * steps * restarts))
-    stages.append(Stage(apgd(steps, restarts, threat=named(threat)), steps * restarts))
-    if level == 2 and single_label and classes >= 3:
-        stages.append(Stage(apgd_dlr(steps, restarts, threat=named(threat)), steps * restarts))
-    return tuple(stages)
+        yield Stage(apgd(3 * steps, restarts, threat=threat, objective=margin), 3 * steps * restarts)
+    yield Stage(apgd(steps, restarts, threat=threat), steps * restarts)
+    if level == 2 and classes:
+        yield Stage(apgd_dlr(steps, restarts, threat=threat), steps * restarts)
 
 
-def _steps(threat: str, effort: str) -> int:
+def _variable(threat: Projects, steps: int, targets: int, classes: int) -> Stage:
+    """The threat's own attack, or APGD for compositions, aimed at one class after another by falling score where there are classes.
+
+    Not in MALT order, which measures distances in the input.
+    """
+    own: dict[type, Callable[..., AttackLike]] = {Flow: stadv, Color: recoloradv}
+    recipe = own.get(type(threat), apgd)
+    if not classes:
+        return Stage(recipe(3 * steps, threat=threat, objective=margin), 3 * steps)
+    attack = recipe(steps, threat=threat, objective=margin)
+    count = min(targets, classes - 1)
+    return Stage(EveryTarget(attack, count, by_logit, name=f"{attack.name}_t"), steps * count)
+
+
+def _steps(threat: Projects, effort: str) -> int:
     """L1 gets twice the steps: its search has to find the right sparsity as well, and still gains where the others have ended."""
-    return _STEPS[effort] * (2 if threat == "l1" else 1)
+    return _STEPS[effort] * (2 if isinstance(threat, L1) else 1)
 
 
-def deeper(threat: str, effort: str, *, classes: int, single_label: bool) -> AttackLike:
+def _walk(effort: str) -> int:
+    """Steps inward; below about 40 the walk is too steep to follow the boundary."""
+    return 50 + 3 * _STEPS[effort]
+
+
+def deeper(threat: Projects, effort: str, *, classes: int, single_label: bool) -> AttackLike:
     """The plan's strongest attack again with twice the steps and all the targets: what would more effort still find?"""
-    steps = 2 * _steps(threat, effort)
-    if threat in ("l0", "l0f"):
-        return pgd(3 * steps, restarts=5, threat=named(threat), objective=margin)
-    if single_label and classes >= 3:
-        return apgd_t(steps, targets=min(9, classes - 1), threat=named(threat), objective=margin)
-    return apgd(3 * steps, threat=named(threat), objective=margin)
+    steps, aimed = 2 * _steps(threat, effort), single_label and classes >= 3
+    if isinstance(threat, L0):
+        wide = replace(sigma_zero(8 * steps, threat=threat), smallest=False)
+        return Cascade((wide, pgd(3 * steps, restarts=2, threat=threat, objective=margin)), "sigma_zero and pgd")
+    level = EFFORTS.index(effort)
+    if isinstance(threat, Rigid):
+        return apgd(steps, (2, 6, 10)[level], threat=threat, objective=margin)
+    if isinstance(threat, Patch):
+        return apgd(20, (20, 40, 100)[level], threat=threat, objective=margin)
+    if not isinstance(threat, Linf | L2 | L1):
+        return _variable(threat, steps, 9, classes if aimed else 0).attack
+    if aimed:
+        strongest: AttackLike = apgd_t(steps, targets=min(9, classes - 1), threat=threat, objective=margin)
+    else:
+        strongest = apgd(3 * steps, threat=threat, objective=margin)
+    if isinstance(threat, Linf):
+        return strongest
+    return Cascade((outside_in(2 * _walk(effort), threat), strongest), f"outside_in and {strongest.name}")
 
 
 def default_threats(shape: tuple[int, ...], width: float) -> list[str]:

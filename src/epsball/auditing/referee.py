@@ -1,6 +1,7 @@
 """The independent judge: no attack's own word is believed. A fresh model in eval mode, float64 distances, no shared code.
 
-Distances are computed here in NumPy, on purpose not by the threats that the attacks used.
+Distances are computed here in NumPy, on purpose not by the threats that the attacks used. Where the adversary's variable z is not
+the input, what is judged is the input that a fresh threat makes of x and z, and the stored one has to be that.
 """
 
 from __future__ import annotations
@@ -15,12 +16,17 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from epsball.core import Goal, LabelsChanged, Tally, Victim, valid
+from epsball.core import Goal, LabelsChanged, Projects, Tally, Victim, valid
+from epsball.threats import Added, Composed, Flow, Rigid
 
 Array = np.ndarray[Any, Any]
 
 THIN = 1e-4
 """Verdicts that hang on a difference of less than this share of the largest score are judged again in float64."""
+
+
+SAME = 1e-6
+"""Largest difference, in widths of the box, between a stored input and the one that a fresh threat makes of its z."""
 
 
 def distance(x: Array, x_adv: Array, threat: str) -> Array:
@@ -35,8 +41,32 @@ def distance(x: Array, x_adv: Array, threat: str) -> Array:
         "l1": lambda: np.abs(flat).sum(1),
         "l0": lambda: (flat != 0).sum(1),
         "l0f": lambda: (flat != 0).sum(1),
+        "patch": lambda: np.array([_longer_side(row) for row in (change != 0).any(axis=1)]),
     }
-    return sizes[threat]().astype(np.float64)
+    found: Array = sizes[threat]().astype(np.float64)
+    return found
+
+
+def _longer_side(changed: Array) -> int:
+    """Of the smallest rectangle around every True of (H, W)."""
+    places = np.argwhere(changed)
+    return int(np.ptp(places, axis=0).max()) + 1 if len(places) else 0
+
+
+def length(threat: Projects, x: Tensor, z: Tensor) -> Array:
+    """(B,) float64 size of an adversary's variable (B, ...) that is not the input; NaN where it has one."""
+    if isinstance(threat, Composed):
+        pieces = zip(threat.parts, threat.budgets, threat.split(x, z), strict=True)
+        shares: Array = np.stack([length(part, x, piece) / budget for part, budget, piece in pieces])
+        return np.asarray(shares.max(0))
+    values = z.numpy().astype(np.float64)
+    if isinstance(threat, Added):
+        return distance(np.zeros_like(values), values, threat.norm.name)
+    if isinstance(threat, Flow):
+        values = np.hypot(values[:, 0], values[:, 1])
+    elif isinstance(threat, Rigid):
+        values = values / np.array([threat.degrees, threat.pixels, threat.pixels])
+    return np.asarray(np.abs(values).reshape(len(values), -1).max(1))
 
 
 @dataclass(frozen=True)
@@ -44,7 +74,7 @@ class Ruling:
     """What the referee says of B inputs.
 
     Attributes:
-        broken: (B,) bool: legal and the goal is reached. legal: inside radius and box. answered: (B,) finite output.
+        broken: (B,) bool: legal and the goal is reached. legal: inside radius and box, and made by its z. answered: (B,) finite output.
         predicted: (B,) top class. size: (B,) float64.
     """
 
@@ -89,15 +119,32 @@ class Referee:
             output[thin] = self._exact(x[thin]).double()
         return output
 
-    def judge(self, x: Tensor, x_adv: Tensor, goal: Goal, threat: str, radius: float | Tensor) -> Ruling:
-        """Rules on stored inputs (B, ...), all on the CPU, under one threat; `radius` is one number or (B,) float64."""
-        output = self.outputs(x_adv, goal)
-        size = torch.from_numpy(distance(x.numpy(), x_adv.numpy(), threat))
+    def judge(self, x: Tensor, x_adv: Tensor, goal: Goal, threat: Projects, radius: float | Tensor, z: Tensor | None = None) -> Ruling:
+        """Rules on stored inputs (B, ...), all on the CPU.
+
+        Args:
+            x, x_adv: clean and adversarial. goal: the adversary's. threat: what was allowed. radius: one number or (B,) float64.
+            z: the adversary's variable where it is not the input itself; x_adv must then be what the threat makes of it.
+        """
         low, high = self.victim.box
+        if z is None:
+            size, made = distance(x.numpy(), x_adv.numpy(), threat.name), torch.ones(len(x), dtype=torch.bool)
+        else:
+            size, again = length(threat, x, z), self._applied(threat, x, z)
+            width = float((torch.as_tensor(high) - torch.as_tensor(low)).max())
+            made = ((again - x_adv).abs() <= SAME * width).flatten(1).all(1)
+            x_adv = again
+        output, sizes = self.outputs(x_adv, goal), torch.from_numpy(size)
         inside = ((x_adv >= low) & (x_adv <= high)).flatten(1).all(1)
-        legal = inside & (size <= radius)
+        legal = inside & made & (sizes <= radius)
         reached = goal.reached(output)
-        return Ruling(reached & legal, legal, valid(output), output.argmax(1), size)
+        return Ruling(reached & legal, legal, valid(output), output.argmax(1), sizes)
+
+    def _applied(self, threat: Projects, x: Tensor, z: Tensor) -> Tensor:
+        """(B, ...) what the threat makes of x, a few rows at a time; a z that is no number makes x, and is too long anyway."""
+        bound, step = threat.within(self.victim.box), self.victim.batch_size or len(x)
+        z = z.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
+        return torch.cat([bound.apply(x[at : at + step], z[at : at + step]) for at in range(0, len(x), step)])
 
     def _ask(self, victim: Victim, x: Tensor) -> Tensor:
         self.rows += len(x)

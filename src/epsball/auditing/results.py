@@ -70,9 +70,9 @@ class ClassRate(Plain):
 class Result(Plain):
     """The verdict for one threat at one radius: robust accuracy is at most `robust_accuracy`."""
 
-    threat: str = Field(description="registry name: linf, l2, l1, l0 (pixels), l0f (features)")
-    radius: float
-    radius_text: str = Field(description="as the user wrote it, for example 8/255")
+    threat: str = Field(description="name as in threat strings: linf, l2, l1, l0 (pixels), l0f (features), flow, ..., color+linf")
+    radius: float = Field(description="in the threat's own unit; of a composition, that of its first part")
+    radius_text: str = Field(description="as the user wrote it, for example 8/255, or 0.06+8/255 of a composition")
     robust_accuracy: Rate
     certified_accuracy: float | None = Field(default=None, description="lower bound, where one could be computed")
     trustworthy: bool = Field(description="false: do not quote robust_accuracy; the block flags say why")

@@ -18,11 +18,11 @@ from epsball.auditing.referee import Referee
 from epsball.auditing.results import Finding, ModelReport
 from epsball.auditing.sheet import Sheet, Subject
 from epsball.auditing.verdict import FIXES, model_report
-from epsball.core import Access, Victim
+from epsball.core import Access, Projects, Victim
 from epsball.errors import EpsballError, Refused
 from epsball.objectives import margin
 from epsball.store import evidence
-from epsball.threats import ThreatSpec
+from epsball.threats import Linf, ThreatSpec, is_input
 
 T = TypeVar("T")
 
@@ -89,7 +89,7 @@ def prepare(subject: Subject, plan: Plan) -> tuple[Sheet, Referee]:
     """Preflight: checks the contract, mends what is safe, asks all clean outputs once.
 
     Raises:
-        BadInput: the model cannot be asked or scored at all, in one line.
+        BadInput: the model cannot be asked or scored at all, or a threat does not fit its inputs, in one line.
     """
     victim, findings = subject.victim, []
     if in_training(victim.model):
@@ -98,6 +98,9 @@ def prepare(subject: Subject, plan: Plan) -> tuple[Sheet, Referee]:
     # The order of content hashes: a random sample for the checks, whatever the order of the data.
     chosen = subject.order
     bench = look(victim, subject.x[chosen], subject.y[chosen])
+    for spec in plan.threats:  # what cannot be changed in this way at all is told before any work
+        nothing = torch.zeros(1, dtype=torch.float64)
+        spec.threat.within(victim.box).start(subject.x[:1], nothing, None, nothing.long())
     if victim.access > Access.LABELS and are_probabilities(bench.output):
         victim = Victim(
             _Log(victim.model),
@@ -139,11 +142,18 @@ def refuse(findings: Sequence[Finding], name: str) -> None:
             raise Refused(f"model '{name}': {blocks[cause].message} {FIXES[cause]}")
 
 
-def seconds_per_row(sheet: Sheet) -> float:
+def most_seconds(sheet: Sheet, effort: str) -> float:
+    """The most time that the plan can take, from the measured cost of a row; threats that compute a lot are measured themselves."""
+    plain = seconds_per_row(sheet, Linf())
+    costs = ((spec, plain if is_input(spec.threat) else seconds_per_row(sheet, spec.threat)) for spec in sheet.threats)
+    return sum(planned_rows(sheet, effort, spec.name) * cost for spec, cost in costs)
+
+
+def seconds_per_row(sheet: Sheet, threat: Projects) -> float:
     """Measured cost of one gradient row on at most 64 samples."""
     subject, rows = sheet.subject, min(64, len(sheet.subject.x))
     gradients = not any(f.id == "no-gradient" for f in sheet.findings)
-    attack = fgsm(objective=margin) if gradients else noise(draws=2)
+    attack = fgsm(threat, objective=margin) if gradients else noise(draws=2, threat=threat)
     spent = []
     for _ in range(2):  # the first call also pays for what libraries set up on first use
         started = time.perf_counter()
@@ -165,7 +175,9 @@ def confirm(sheets: Sequence[tuple[Sheet, Referee]], path: Path, header: dict[st
                 continue
             x = torch.from_numpy(evidence.expand(arrays[f"m{number}/x"]))[rows]
             x_adv, radius = (torch.from_numpy(arrays[f"{prefix}/{name}"].copy()) for name in ("x_adv", "radius"))
-            ruling = referee.judge(x, x_adv, sheet.subject.goal.take(rows), threat, radius)
+            allowed = sheet.threat(threat)
+            z = None if is_input(allowed) else torch.from_numpy(arrays[f"{prefix}/z"].copy())
+            ruling = referee.judge(x, x_adv, sheet.subject.goal.take(rows), allowed, radius, z)
             lost = rows[~ruling.broken.cpu()]
             hits.revoke(lost)
             revoked += len(lost)
@@ -210,8 +222,7 @@ def audit_subjects(
     sheets: list[tuple[Sheet, Referee]] = []
     try:
         sheets.extend(prepare(subject, plan) for subject in subjects)
-        most = sum(planned_rows(sheet, plan.effort) * seconds_per_row(sheet) for sheet, _ in sheets)
-        heard(progress.estimate, most)
+        heard(progress.estimate, sum(most_seconds(sheet, plan.effort) for sheet, _ in sheets))
         for number, (sheet, referee) in enumerate(sheets):
             cascade(sheet, referee, plan.effort, plan.seed, plan.drop, _Part(progress, number, len(sheets)).tick)
     except KeyboardInterrupt:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from epsball.auditing.results import AttackRow, Finding, Flag
-from epsball.core import Goal, Victim, as_goal, content_ids, valid
+from epsball.core import Goal, Projects, Victim, as_goal, content_ids, valid
 from epsball.store.evidence import Arrays, compact
 from epsball.threats import ThreatSpec
 
@@ -54,6 +54,7 @@ class Hits:
         radius: (N,) float64, infinite where the sample stands. x_adv: (N, ...), the clean input where it stands.
         size: (N,) float64. predicted: (N,) class answered. invalid: (N,) float64, the smallest radius at which the search
             met a NaN or infinite answer; infinite where it met none.
+        z: row -> (...) the adversary's variable, for threats where it is not the input; else empty.
     """
 
     radius: Tensor
@@ -61,6 +62,7 @@ class Hits:
     size: Tensor
     predicted: Tensor
     invalid: Tensor
+    z: dict[int, Tensor] = field(default_factory=dict)
 
     @staticmethod
     def none(x: Tensor) -> Hits:
@@ -116,6 +118,10 @@ class Sheet:
         """(N,) bool: right and finite on the clean input."""
         return ~self.subject.goal.reached(self.clean) & valid(self.clean)
 
+    def threat(self, name: str) -> Projects:
+        """The threat of that name, made anew from its string."""
+        return next(spec.threat for spec in self.threats if spec.name == name)
+
     def standing(self, threat: str, radius: float) -> Tensor:
         """(N,) bool: correct, and not known to be broken within the radius."""
         return self.correct & (self.hits[threat].radius > radius)
@@ -137,4 +143,6 @@ class Sheet:
             out[f"{prefix}/{threat}/rows"] = rows.numpy()
             out[f"{prefix}/{threat}/invalid"] = hits.invalid.numpy()
             out |= {f"{prefix}/{threat}/{name}": column[rows].cpu().numpy() for name, column in columns.items()}
+            if hits.z and len(rows):
+                out[f"{prefix}/{threat}/z"] = torch.stack([hits.z[row] for row in rows.tolist()]).numpy()
         return out

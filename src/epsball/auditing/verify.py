@@ -17,6 +17,7 @@ from epsball.auditing.statistics import rate
 from epsball.core import Victim, as_goal, valid
 from epsball.errors import BadInput
 from epsball.store import evidence
+from epsball.threats import ThreatSpec, is_input, parse_threat
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,8 @@ def _lines(number: int, arrays: evidence.Arrays, rounds: list[dict[str, Any]], r
             yield Line(told.name, threat, text, claim.robust_accuracy.count if claim else None, None, len(x), 0, False)
             continue
         if claim.threat not in judged:
-            judged[claim.threat] = _broken_at(number, claim.threat, arrays, referee, x, y)
+            texts = [one["text"] for one in rounds if one["threat"] == claim.threat]
+            judged[claim.threat] = _broken_at(number, parse_threat(f"{claim.threat}:{','.join(texts)}"), arrays, referee, x, y)
         broken_at, invalid_at, rejected = judged[claim.threat]
         standing = correct & (broken_at > r["radius"])
         unsure = int((standing & (invalid_at <= r["radius"])).sum())
@@ -94,14 +96,19 @@ def _alike(claimed: Rate, seen: Rate) -> bool:
     return all(abs(a - b) <= 1e-9 for a, b in pairs)
 
 
-def _broken_at(number: int, threat: str, arrays: evidence.Arrays, referee: Referee, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, int]:
+def _broken_at(
+    number: int, spec: ThreatSpec, arrays: evidence.Arrays, referee: Referee, x: Tensor, y: Tensor
+) -> tuple[Tensor, Tensor, int]:
     """(N,) smallest radius at which each sample is shown broken, (N,) at which the model gave no answer, and how many claims failed."""
-    rows, x_adv, radius, invalid_at = (
-        torch.from_numpy(np.array(arrays[f"m{number}/{threat}/{name}"])) for name in ("rows", "x_adv", "radius", "invalid")
-    )
+
+    def stored(name: str) -> Tensor:
+        return torch.from_numpy(np.array(arrays[f"m{number}/{spec.name}/{name}"]))
+
+    rows, x_adv, radius, invalid_at = (stored(name) for name in ("rows", "x_adv", "radius", "invalid"))
     broken_at = torch.full((len(x),), torch.inf, dtype=torch.float64)
     if not len(rows):
         return broken_at, invalid_at, 0
-    ruling = referee.judge(x[rows], x_adv, as_goal(y[rows]), threat, radius)
+    threat = spec.threat
+    ruling = referee.judge(x[rows], x_adv, as_goal(y[rows]), threat, radius, None if is_input(threat) else stored("z"))
     broken_at[rows[ruling.broken]] = radius[ruling.broken]
     return broken_at, invalid_at, int((~ruling.broken).sum())

@@ -18,7 +18,7 @@ from epsball.door import Loaded
 from epsball.errors import BadInput
 from epsball.models.digits import NAMES
 from epsball.objectives import OBJECTIVES
-from epsball.threats import THREATS
+from epsball.threats import THREATS, is_input
 
 
 def catalog() -> dict[str, Any]:
@@ -87,11 +87,13 @@ def run_attack(
         outcome = attack(victim, data.x, goal, radius, seed)
     clean = referee.outputs(data.x, goal)
     begun = ~goal.reached(clean) & valid(clean)
-    ruling = referee.judge(data.x, outcome.x_adv.cpu(), goal, attack.threat.name, radius)
+    z = None if is_input(attack.threat) else outcome.z.cpu()
+    ruling = referee.judge(data.x, outcome.x_adv.cpu(), goal, attack.threat, radius, z)
     broken = ruling.broken & begun
     success = rate(int(broken.sum()), int(begun.sum()))
     if save is not None:
-        _save(save, x=data.x, y=data.y, x_adv=outcome.x_adv.cpu(), reached=ruling.broken, size=ruling.size)
+        own = {} if z is None else {"z": z}
+        _save(save, x=data.x, y=data.y, x_adv=outcome.x_adv.cpu(), reached=ruling.broken, size=ruling.size, **own)
     return {
         "attack": repr(attack),
         "model": victim.name,

@@ -9,6 +9,7 @@ from epsball.core.problem import Objective, Problem, Reading, Watch
 from epsball.core.random import Key, content_ids
 from epsball.core.rule import Chain, Momentum, Rule, Steepest, Unit, chain
 from epsball.core.run import run
+from epsball.core.sources import Eot, Through, Transform
 from epsball.core.stepsize import Fixed, Halving, OfRadius, StepSize
 from epsball.core.threat import Projects, Threat
 from epsball.core.victim import Access, Tally, Victim
@@ -20,6 +21,7 @@ __all__ = [
     "AttackLike",
     "Chain",
     "Descent",
+    "Eot",
     "Fixed",
     "Goal",
     "Gradient",
@@ -41,6 +43,8 @@ __all__ = [
     "Tally",
     "Targeted",
     "Threat",
+    "Through",
+    "Transform",
     "Unit",
     "Untargeted",
     "Victim",

@@ -58,16 +58,17 @@ class Best:
         score = torch.where(fine, torch.nan_to_num(reading.score, nan=-torch.inf), torch.full_like(reading.score, -torch.inf))
         had, old = self.reached[rows], self.score[rows]
         better = (hit & ~had) | ((hit == had) & (score > old))
-        size = None
-        if bool(hit.any()):
-            # Only a success needs its size now; a point outside the budget is no success, whoever proposed it.
+        size, wild = None, ~fine
+        if bool((hit | wild).any()):
+            # Only these need their size now: a point outside the budget is no success, and no number there is no fault, whoever
+            # proposed it.
             size = problem.threat.size(problem.x, reading.z)
             legal = size <= problem.radius
-            hit, better = hit & legal, better & (legal | ~hit)
+            hit, better, wild = hit & legal, better & (legal | ~hit), wild & legal
             if self.smallest:
                 better = (hit & (~had | (size < self.size[rows]))) | (~hit & ~had & better)
         self._store(rows, problem, reading, better, hit, score, size)
-        self.invalid[rows] |= ~fine
+        self.invalid[rows] |= wild
         return self.reached[rows]
 
     def _store(

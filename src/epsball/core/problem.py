@@ -71,7 +71,7 @@ class Problem:
 
     def judge(self, z: Z) -> Reading:
         """One forward row per sample, no gradient."""
-        x_adv = self.threat.apply(self.x, z)
+        x_adv = self.victim.split(self.threat.apply, self.x, z)  # some threats need far more memory than their input
         output = self.victim.outputs(x_adv, self.tally)
         with torch.no_grad():
             return Reading(z, x_adv, output, self.objective(self, z, x_adv, output))

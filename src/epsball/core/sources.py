@@ -27,11 +27,13 @@ _ODD = 0x9E3779B97F4A7C15 - 2**64  # an odd number, so that the mixture below ne
 
 
 def fresh(ids: Tensor, tally: Tally) -> Tensor:
-    """(B,) ids for draws that differ from look to look: mixed with the number of gradients each sample has had so far.
+    """(B,) ids for draws that differ from look to look: mixed with the number of looks that each sample has had so far.
 
-    The ledger is the clock: it is per sample, so neither batches, nor dropping, nor the strategy can shift a draw.
+    A look is a gradient, or a forward through a lens of which none was wanted. The ledger is the clock: it is per sample, so
+    neither batches, nor dropping, nor known clean outputs, nor the strategy can shift a draw.
     """
-    return ids + tally.backwards[tally.rows].to(ids.device) * _ODD
+    looks = tally.backwards[tally.rows] + tally.blind[tally.rows]
+    return ids + looks.to(ids.device) * _ODD
 
 
 def shown(problem: Problem, transform: Transform) -> Problem:

@@ -36,20 +36,25 @@ class Access(IntEnum):
 
 @dataclass(frozen=True)
 class Tally:
-    """A ledger (N,) of rows forward and backward per sample, seen through `rows` (B,): the samples of this batch."""
+    """A ledger (N,) of rows forward and backward per sample, seen through `rows` (B,): the samples of this batch.
+
+    `blind` counts the forwards through a lens of which no gradient was wanted: with `backwards` the clock of random transforms.
+    """
 
     forwards: Tensor
     backwards: Tensor
+    blind: Tensor
     rows: Tensor
 
     @staticmethod
     def zeros(n: int) -> Tally:
         """An empty ledger for n samples."""
-        return Tally(torch.zeros(n, dtype=torch.int64), torch.zeros(n, dtype=torch.int64), torch.arange(n))
+        forwards, backwards, blind = torch.zeros(3, n, dtype=torch.int64).unbind(0)
+        return Tally(forwards, backwards, blind, torch.arange(n))
 
     def take(self, rows: Rows) -> Tally:
         """The same ledger, seen by some of the samples."""
-        return Tally(self.forwards, self.backwards, self.rows[rows.cpu() if isinstance(rows, Tensor) else rows])
+        return Tally(self.forwards, self.backwards, self.blind, self.rows[rows.cpu() if isinstance(rows, Tensor) else rows])
 
     def count_forward(self) -> None:
         """One more row forward for every sample of the batch."""
@@ -58,6 +63,10 @@ class Tally:
     def count_backward(self) -> None:
         """One more row backward for every sample of the batch."""
         self.backwards.index_add_(0, self.rows, torch.ones_like(self.rows))
+
+    def count_blind(self) -> None:
+        """One more look through a lens without a gradient, for every sample of the batch."""
+        self.blind.index_add_(0, self.rows, torch.ones_like(self.rows))
 
 
 Lens = Callable[[Tensor, Tally], Tensor]
@@ -196,6 +205,8 @@ class Victim:
             asked = torch.cat([asked, asked[-1:].expand(self.fixed_batch - len(x), *asked.shape[1:])])
         output = self.model(asked)
         tally.count_forward()
+        if self.lens is not None and not torch.is_grad_enabled():
+            tally.count_blind()
         if not isinstance(output, Tensor) or output.ndim != 2 or len(output) != len(asked):
             shape = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
             raise BadInput(f"model '{self.name}' returned {shape} for {len(asked)} inputs: scores (B, C) are needed; epsball.wrap converts")

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from epsball.auditing.results import ModelReport, Report
-from epsball.report.text import clean
+from epsball.report.text import clean, radius_of
 from epsball.report.view import class_names
 
 _SHOWN, _LARGEST, _SMALL = 4, 192, 96
@@ -110,7 +110,8 @@ def _panel(model: ModelReport, index: int, threat: str, tensors: Any, names: fro
             return Panel(threat, 0, note="The evidence for this threat does not fit together, so it is not shown.")
         if np.abs(after - before).max() < _INVISIBLE:  # wrong from the start: nothing to see
             continue
-        facts = _facts(model, int(labels[rows[k]]), k, extra) | {"radius_text": texts.get(float(radii[k]), f"{radii[k]:.4g}")}
+        facts = _facts(model, int(labels[rows[k]]), k, extra, threat)
+        facts["radius_text"] = radius_of(threat, texts.get(float(radii[k]), f"{radii[k]:.4g}"))
         pictures.append(_picture(before, after, facts))
         if len(pictures) == _SHOWN:
             break
@@ -130,14 +131,14 @@ def _varied(rows: Array, radii: Array, labels: Array) -> list[int]:
     return [k for _, _, k in sorted(ranked)[:64]]
 
 
-def _facts(model: ModelReport, label: int, k: int, extra: Mapping[str, Array]) -> dict[str, str]:
+def _facts(model: ModelReport, label: int, k: int, extra: Mapping[str, Array], threat: str) -> dict[str, str]:
     names = class_names(model)
     predicted = extra.get("predicted")
     size = extra.get("size")
     return {
         "label": names.get(label, str(label)),
         "predicted": "" if predicted is None else names.get(int(predicted[k]), str(int(predicted[k]))),
-        "size": "" if size is None else f"{float(size[k]):.3g}",
+        "size": "" if size is None else radius_of(threat, f"{float(size[k]):.3g}"),
     }
 
 

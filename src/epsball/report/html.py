@@ -9,7 +9,7 @@ from typing import Any
 from epsball.auditing.results import ClassRate, ModelReport, Report, Result
 from epsball.report import gallery, svg
 from epsball.report.files import write_atomic
-from epsball.report.text import clean, duration, interval, percent, symbol
+from epsball.report.text import clean, duration, interval, percent, radius_of, symbol, unit
 from epsball.report.view import Row, doubts, headline, lowest, notices, rows, trusted, verdict
 
 _TOO_FEW, _MOST_CLASSES = 30, 20
@@ -33,7 +33,9 @@ def render(report: Report, evidence: Path | None = None) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters.update(percent=percent, interval=interval, duration=duration, symbol=symbol, short=clean, tight=_tight)
+    environment.filters.update(
+        percent=percent, interval=interval, duration=duration, symbol=symbol, short=clean, tight=_tight, within=_within
+    )
     return environment.get_template("report.html.j2").render(**_context(report, gallery.load(report, evidence))) + "\n"
 
 
@@ -82,6 +84,11 @@ def _context(report: Report, pictures: gallery.Gallery) -> dict[str, Any]:
     }
 
 
+def _within(result: Row | Result) -> str:
+    """A row's or result's radius with its unit."""
+    return radius_of(result.threat, result.radius_text)
+
+
 def _title(report: Report) -> str:
     if len(report.models) == 1:
         return f"How robust is {clean(report.models[0].name, 80)}, really?"
@@ -94,7 +101,7 @@ def _table_row(report: Report, row: Row) -> dict[str, Any]:
         {"result": result, "trusted": result is not None and trusted(model, result)}
         for model, result in zip(report.models, row.cells, strict=True)
     ]
-    return {"threat": row.threat, "radius_text": row.radius_text, "cells": cells}
+    return {"threat": row.threat, "within": _within(row), "cells": cells}
 
 
 def _model(report: Report, index: int, spoken: Row | None, image: bool) -> dict[str, Any]:
@@ -138,7 +145,8 @@ def _charts(report: Report, table: list[Row]) -> list[dict[str, Any]]:
         series = [curve for curve in series if curve.points[1:] or curve.floor]
         ticks = [(0.0, "0"), *((row.radius, row.radius_text) for row in own if row.radius > 0)]
         said = "Robust accuracy falls from the clean accuracy at radius 0; the numbers are in the table of results."
-        drawn = svg.line_chart(f"chart{number}", f"Robust accuracy against {symbol(threat)} radius", said, series, ticks, "radius")
+        axis = f"radius ({unit(threat)})" if unit(threat) else "radius"
+        drawn = svg.line_chart(f"chart{number}", f"Robust accuracy against {symbol(threat)} radius", said, series, ticks, axis)
         charts.append({"threat": threat, "svg": _safe(drawn)})
     return charts
 

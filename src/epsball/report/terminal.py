@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from epsball.auditing.results import ModelReport, Report, Result
-from epsball.report.text import clean, interval, percent
+from epsball.report.text import clean, interval, percent, radius_of
 from epsball.report.view import UNTRUSTED, Row, notices, rows, trusted
 
 if TYPE_CHECKING:
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from rich.text import Text
 
 # Widest cells: "100.0 %  [100.0, 100.0]" on one line, "[100.0, 100.0]" or "not trustworthy" on two; two columns of space each.
-_ONE_LINE, _TWO_LINES, _ROW_NAME = 25, 17, 18
+_ONE_LINE, _TWO_LINES, _ROW_NAME, _LONG_NAME = 25, 17, 18, 26
 _STYLES = {"block": "bold red", "warn": "yellow", "mended": "cyan"}
 
 
@@ -37,12 +37,15 @@ class _Summary:
         report, encoding = self._report, options.encoding
         yield from (_clean_line(model, encoding) for model in report.models)
         yield _text("", encoding)
-        table, width = rows(report), options.max_width - _ROW_NAME
+        table = rows(report)
+        names = [_name(row) for row in table]
+        longest = min(_LONG_NAME, max([_ROW_NAME, *map(len, names)]))
+        width = options.max_width - longest
         count = len(report.models)
         wide = count * _ONE_LINE <= width
         step = count if wide else max(1, width // _TWO_LINES)
         for start in range(0, count if table else 0, step):
-            yield _table(report.models, table, range(start, min(start + step, count)), wide, encoding)
+            yield _table(report.models, table, range(start, min(start + step, count)), wide, longest, encoding)
         if table:
             line = "Upper bounds: right answers left after every attack that ran. [95 % interval]: sampling error only."
         else:
@@ -71,12 +74,16 @@ def _clean_line(model: ModelReport, encoding: str) -> Text:
     return _text(line, encoding, "bold")
 
 
-def _table(models: list[ModelReport], table: list[Row], chosen: range, wide: bool, encoding: str) -> Table:
+def _name(row: Row) -> str:
+    return f"{clean(row.threat, 20)} {radius_of(row.threat, row.radius_text, 20)}"
+
+
+def _table(models: list[ModelReport], table: list[Row], chosen: range, wide: bool, longest: int, encoding: str) -> Table:
     from rich import box
     from rich.table import Table
 
     grid = Table(box=box.SIMPLE_HEAD, pad_edge=False, title=None)
-    grid.add_column(_text("robust accuracy", encoding), overflow="fold", min_width=10, max_width=_ROW_NAME)
+    grid.add_column(_text("robust accuracy", encoding), overflow="fold", min_width=10, max_width=longest)
     for index in chosen:
         grid.add_column(_text(clean(models[index].name, 40), encoding), justify="right", overflow="fold")
     last = ""
@@ -84,8 +91,7 @@ def _table(models: list[ModelReport], table: list[Row], chosen: range, wide: boo
         if last and row.threat != last:
             grid.add_section()
         last = row.threat
-        name = _text(f"{clean(row.threat, 20)} {clean(row.radius_text, 20)}", encoding)
-        grid.add_row(name, *(_cell(models[index], row.cells[index], wide, encoding) for index in chosen))
+        grid.add_row(_text(_name(row), encoding), *(_cell(models[index], row.cells[index], wide, encoding) for index in chosen))
     return grid
 
 

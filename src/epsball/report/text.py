@@ -16,7 +16,14 @@ _THREATS = {
     "l1": ("L1", "all changes together may add up to {r} (L1)"),
     "l0": ("L0, pixels", "up to {r} pixels may change at will (L0)"),
     "l0f": ("L0, features", "up to {r} input values may change at will (L0)"),
+    "flow": ("flow", "every pixel may move by up to {r} px"),
+    "color": ("color", "every color may turn into another, the same everywhere, by up to {r} in each of red, green and blue"),
+    "color-luv": ("color, CIELUV", "every color may turn into another, the same everywhere, by up to {r} of each axis of CIELUV"),
+    "rigid": ("rotation, shift", "the image may turn and move by up to {r} of 30 degrees and 3 pixels"),
+    "patch": ("patch", "any square of {r} x {r} pixels may be painted over"),
 }
+# threat -> what its radius is counted in, where that is not the unit of the values themselves
+_UNITS = {"flow": "px", "color": "RGB", "color-luv": "CIELUV", "rigid": "of 30 deg, 3 px", "patch": "px"}
 
 
 def clean(text: str, limit: int = 0) -> str:
@@ -68,8 +75,30 @@ def interval(rate: Rate) -> str:
 
 
 def symbol(threat: str) -> str:
-    """How a threat is written on paper; an unknown threat keeps its registry name."""
-    return _THREATS[threat][0] if threat in _THREATS else clean(threat, 40)
+    """How a threat is written on paper, a composition part by part; an unknown threat keeps its registry name.
+
+    >>> symbol("color+linf")
+    'color + L∞'
+    """
+    return " + ".join(_THREATS[part][0] if part in _THREATS else clean(part, 40) for part in threat.split("+"))
+
+
+def unit(threat: str) -> str:
+    """What a radius of this threat is counted in; empty where it is counted as the values are, and for compositions.
+
+    >>> unit("flow"), unit("linf")
+    ('px', '')
+    """
+    return _UNITS.get(threat, "")
+
+
+def radius_of(threat: str, radius_text: str, limit: int = 40) -> str:
+    """A radius, or a size, with its unit.
+
+    >>> radius_of("flow", "1"), radius_of("linf", "8/255")
+    ('1 px', '8/255')
+    """
+    return f"{clean(radius_text, limit)} {unit(threat)}".rstrip()
 
 
 def allowed(threat: str, radius_text: str, image: bool) -> str:
@@ -77,11 +106,15 @@ def allowed(threat: str, radius_text: str, image: bool) -> str:
 
     >>> allowed("linf", "8/255", image=True)
     'every pixel value may move by 8/255'
+    >>> allowed("flow+linf", "1+8/255", image=True)
+    'every pixel may move by up to 1 px and every pixel value may move by 8/255'
     """
-    radius = clean(radius_text, 40)
-    if threat not in _THREATS:
-        return f"the input may change by {radius} under the threat {clean(threat, 40)}"
-    return _THREATS[threat][1].replace("{value}", "pixel value" if image else "input value").replace("{r}", radius)
+    parts, radii = threat.split("+"), clean(radius_text, 80).split("+")
+    if len(parts) != len(radii) or not all(part in _THREATS for part in parts):
+        return f"the input may change by {clean(radius_text, 40)} under the threat {clean(threat, 40)}"
+    value = "pixel value" if image else "input value"
+    words = zip(parts, radii, strict=True)
+    return " and ".join(_THREATS[part][1].replace("{value}", value).replace("{r}", radius) for part, radius in words)
 
 
 def duration(seconds: float) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from epsball.auditing.results import Flag, ModelReport, Report, Result
-from epsball.report.text import allowed, clean, percent
+from epsball.report.text import allowed, clean, percent, radius_of
 
 _ORDER = {"block": 0, "warn": 1, "info": 2}
 UNTRUSTED = "not trustworthy yet"
@@ -110,7 +110,7 @@ def notices(model: ModelReport) -> list[Notice]:
 def _flags(model: ModelReport) -> Iterator[tuple[Flag, str]]:
     yield from ((flag, "") for flag in model.flags)
     for result in model.results:
-        yield from ((flag, f"{clean(result.threat, 40)} {clean(result.radius_text, 40)}") for flag in result.flags)
+        yield from ((flag, f"{clean(result.threat, 40)} {radius_of(result.threat, result.radius_text)}") for flag in result.flags)
 
 
 def class_names(model: ModelReport) -> dict[int, str]:

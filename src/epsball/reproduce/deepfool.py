@@ -139,7 +139,7 @@ def cases(setting: Setting, count: int) -> tuple[Case, ...]:
     return (
         Case("MNIST, LeNet", convolved, digits.test, "1 %", ("0.20", "0.10"), ("1.0", "0.26"), "0.25"),
         Case("MNIST, FC500-150-10", small, digits.test, "1.7 %", ("0.11", "0.04"), ("0.39", "0.11"), "0.12"),
-        Case("CIFAR-10, LeNet-like", colored, photos.test, "22.6 %", ("0.030", "0.015"), ("0.13", "0.028"), "0.039"),
+        Case("CIFAR-10, batch norm", colored, photos.test, "22.6 %", ("0.030", "0.015"), ("0.13", "0.028"), "0.039"),
     )
 
 
@@ -176,7 +176,7 @@ def run(setting: Setting) -> Finding:
         table += lines
         caption = f"{case.name}: |r| / |x| under L2 of the samples whose answer changed."
         groups = [(name, [min(float(v), 1.5) for v in values]) for name, values in found.items()]
-        name = "rho-" + case.name.split(", ")[-1].lower()
+        name = "rho-" + case.name.split(", ")[-1].lower().replace(" ", "-")
         drawn.append(Figure(name, figures.histogram(case.name, caption, groups, "|r| / |x|, capped at 1.5"), caption))
         if not drawn[1:]:
             drawn.append(picture(case, setting))

@@ -20,7 +20,7 @@ GAMMA = 0.145
 MOVES = 56  # floor(0.145 * 784 / 2): pairs that gamma allows
 DIGITS = tuple(str(number) for number in range(10))
 NOTES = (
-    "The paper's abstract, read: 97 % success while changing 4.02 % of the features on average. Its other figures are recalled, not read.",
+    "97 % and 4.02 % are the abstract's, as public notes on the paper quote it. The other figures are recalled, not read.",
     "Distortion: changed features over 784, mean over the successes. gamma = 14.5 % allows 112 features, 56 pairs.",
     "Each image is aimed at all nine other classes, so samples of one image are not independent: the interval is a little too narrow.",
     "Saliency is over probabilities unless a row says logits; derivatives are multiplied by how far a feature can still move.",
@@ -127,6 +127,7 @@ def run(setting: Setting) -> Finding:
             setting.say(f"{what}: {len(aim)} pairs of image and target")
             attack = jsma(steps=8 if setting.quick else MOVES, theta=theta, gamma=GAMMA, outputs=outputs)
             hits = aimed.attacked(attack, net, aim, float("inf"), setting)
-            found.append(Measured(what, aim, hits, published, "saliency is the weaker for it" if outputs is logits else "another LeNet"))
+            why = "a weaker guide than probabilities" if outputs is logits else "another LeNet, other training"
+            found.append(Measured(what, aim, hits, published, why))
             table += found[-1].lines()
     return Finding(tuple(table), (*heat(found[0]), picture(found[0])), NOTES)

@@ -6,10 +6,15 @@ Tensors, for model number i (all little-endian safetensors, readable from any la
 - `m{i}/index` (N,) int64: position in the data source.
 - `m{i}/{threat}/rows` (K,) int64: rows of x that were broken; `x_adv` (K, ...) float32: how; `radius` (K,) float64: the
   smallest audited radius at which it was; `size` (K,) float64; `predicted` (K,) int64: the class answered.
+- `m{i}/{threat}/z` (K, ...) float32, only where x_adv is not the adversary's own variable: x_adv = threat(x, z) up to 1e-6 of the
+  box, and `size` is that of z. For `flow` z is (K, 2, H, W), pixels down and right; for `color` and `color-luv` (K, 3, R1, R2, R3),
+  displacements on a grid over the color cube, for gray images (K, 1, R1); for `rigid` (K, 3), degrees, pixels down, pixels right;
+  for compositions such as `color+linf` (K, D), the flattened variables of the parts side by side, additive parts as changes.
 - `m{i}/{threat}/invalid` (N,) float64: the smallest audited radius at which the search met a NaN or infinite answer,
   infinite where it met none. Such samples are not counted as robust.
 
-The header field `epsball` is a JSON object with the settings of the run.
+The header field `epsball` is a JSON object with the settings of the run. Each of its `models` has `rounds`, whose `threat` and
+`text` together are the threat strings that were audited: they say what a composition's parts were allowed.
 """
 
 from __future__ import annotations

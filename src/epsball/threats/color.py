@@ -1,13 +1,13 @@
 """Functional changes of color: one smooth function of color per image, applied to all of its pixels (ReColorAdv).
 
-Laidlaw & Feizi 2019, arXiv 1906.00001: a grid of displacements over the color cube, read by trilinear interpolation, in RGB
-or in CIELUV. Images are (B, 3, H, W) sRGB in [0, 1].
+Laidlaw & Feizi 2019, arXiv 1906.00001: a grid of displacements over the color cube, read by multilinear interpolation, in RGB
+or in CIELUV. Images are (B, 3, H, W) sRGB in [0, 1]. Of a gray image RGB leaves one axis: a tone curve.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -70,38 +70,42 @@ class Space:
     name: str
     of_rgb: Convert
     to_rgb: Convert
+    exact: bool = False  # float64 inside, so that powers, which round by their place in the batch, leave no trace in float32
 
     def __repr__(self) -> str:
         return self.name
 
 
 RGB = Space("RGB", _same, _same)
-LUV = Space("LUV", luv, rgb_of_luv)
+LUV = Space("LUV", luv, rgb_of_luv, exact=True)
 
 
 def interpolate(grid: Tensor, colors: Tensor) -> Tensor:
-    """Trilinear values of grids (B, 3, R1, R2, R3) at colors (B, 3, N) in [0, 1] -> (B, 3, N); colors beyond the cube read its faces."""
-    sizes = torch.tensor(grid.shape[2:], device=grid.device)
+    """Multilinear values of grids (B, C, R1, ..., RC) at colors (B, C, N) in [0, 1] -> (B, C, N); beyond the cube its faces are read."""
+    sizes, axes = torch.tensor(grid.shape[2:], device=grid.device), colors.shape[1]
     at = colors.clamp(0, 1) * (sizes - 1).to(colors)[:, None]
     low = torch.minimum(at.detach().floor(), (sizes - 2).clamp(min=0).to(colors)[:, None])
     share, flat = at - low, grid.flatten(2)
     total = torch.zeros_like(colors)
-    for corner in range(8):
-        bits = torch.tensor([corner >> 2 & 1, corner >> 1 & 1, corner & 1], device=grid.device)[:, None]
+    for corner in range(2**axes):
+        bits = torch.tensor([corner >> axis & 1 for axis in reversed(range(axes))], device=grid.device)[:, None]
         place = torch.minimum(low.long() + bits, (sizes - 1)[:, None])
-        weight = torch.where(bits > 0, share, 1 - share).prod(1, keepdim=True)
-        index = (place[:, 0] * sizes[1] + place[:, 1]) * sizes[2] + place[:, 2]
-        total = total + weight * flat.gather(2, index[:, None].expand(-1, 3, -1))
+        weights = torch.where(bits > 0, share, 1 - share)
+        weight, index = weights[:, 0], place[:, 0]
+        for axis in range(1, axes):
+            weight, index = weight * weights[:, axis], index * sizes[axis] + place[:, axis]
+        total = total + weight[:, None] * flat.gather(2, index[:, None].expand(-1, axes, -1))
     return total
 
 
 @dataclass(frozen=True, eq=False)
 class Color:
-    """x_adv = f(x), the same function of color for every pixel: f(c) = c + the grid z at c, trilinear, in `space`.
+    """x_adv = f(x), the same function of color for every pixel: f(c) = c + the grid z at c, multilinear, in `space`.
 
     z is the grid of displacements (B, 3, R1, R2, R3). Its size is the largest displacement of any channel at any grid
     point, in units of the space scaled to [0, 1] (CIELUV: 0.01 is 1 in L*, 2 in u* and v*); the paper's CIELUV budget is
-    0.06 with 16 x 32 x 32 points. Colors leaving the gamut are clipped to the box.
+    0.06 with 16 x 32 x 32 points, 196 kB an image where they are kept. Colors leaving the gamut are clipped to the box.
+    Gray images (B, 1, H, W) are taken in RGB only: z (B, 1, R1) is then a curve of gray values.
 
     What is added to x is rgb(c + d) - rgb(c) rather than the round trip itself: z = 0 is x, bit for bit, in any space.
     """
@@ -109,27 +113,41 @@ class Color:
     space: Space = LUV
     points: tuple[int, int, int] = (16, 32, 32)
     box: tuple[Bound, Bound] | None = None
-    name: str = field(default="color", init=False, repr=False)
+
+    @property
+    def name(self) -> str:
+        """`color` works in RGB, `color-luv` in CIELUV."""
+        return "color" if self.space is RGB else f"color-{self.space.name.lower()}"
 
     def within(self, box: tuple[Bound, Bound]) -> Color:
         """Clipped to the box, which must lie in [0, 1]: colors are sRGB."""
         low, high = (torch.as_tensor(bound) for bound in box)
         if bool((low < 0).any()) or bool((high > 1).any()):
-            raise BadInput(f"threat 'color': box {float(low.min()):g} .. {float(high.max()):g}: colors are sRGB in 0 .. 1: wrap the model")
+            ends = f"{float(low.min()):g} .. {float(high.max()):g}"
+            raise BadInput(f"threat '{self.name}': box {ends}: colors are sRGB in 0 .. 1: wrap the model with its mean and std")
         return replace(self, box=box)
 
     def start(self, x: Tensor, radius: Tensor, noise: Key | None, ids: Tensor) -> Tensor:
         """The identity, or uniform displacements."""
-        if x.ndim != 4 or x.shape[1] != 3:
-            raise BadInput(f"threat 'color': x of shape {tuple(x.shape)} has no three colors: give images (B, 3, H, W)")
-        still = x.new_zeros(len(x), 3, *self.points)
+        still = x.new_zeros(len(x), *self._grid(x))
         if noise is None:
             return still
         return self.project(x, (2 * noise.uniform(ids, still) - 1) * per_sample(radius.clamp(max=1.0), still), radius)
 
+    def _grid(self, x: Tensor) -> tuple[int, ...]:
+        """(C, R1, ..., RC)"""
+        channels = x.shape[1] if x.ndim == 4 else 0
+        if channels == 3:
+            return (3, *self.points)
+        if channels != 1:
+            raise BadInput(f"threat '{self.name}': x of shape {tuple(x.shape)} has no colors: give images (B, 3, H, W), or gray ones")
+        if self.space is not RGB:
+            raise BadInput(f"threat '{self.name}': gray images of shape {tuple(x.shape)} have no colors: use color, a curve of gray values")
+        return (1, self.points[0])
+
     def apply(self, x: Tensor, z: Tensor) -> Tensor:
         """The recolored image."""
-        work = torch.float64 if x.dtype is torch.float64 else torch.float32
+        work = torch.float64 if x.dtype is torch.float64 or self.space.exact else torch.float32
         rgb = x.to(work)
         colors = self.space.of_rgb(rgb)
         moved = colors + interpolate(z.to(work), colors.flatten(2)).reshape(colors.shape)
@@ -153,11 +171,11 @@ class Color:
 
 
 def unevenness(z: Tensor) -> Tensor:
-    """(B, 3, R1, R2, R3) -> (B,): sum over neighboring grid points of the length of the difference in displacement (eq. 4).
+    """(B, C, R1, ..., RC) -> (B,): sum over neighboring grid points of the length of the difference in displacement (eq. 4).
 
     Each pair counts twice, as in the released code, whose softening 1e-10 under the root is also taken over.
     """
-    pairs = [z.diff(dim=axis) for axis in (2, 3, 4)]
+    pairs = [z.diff(dim=axis) for axis in range(2, z.ndim)]
     return torch.stack([2 * (pair.square().sum(1) + 1e-10).sqrt().flatten(1).sum(1) for pair in pairs]).sum(0)
 
 

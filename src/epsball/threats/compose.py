@@ -6,7 +6,7 @@ Any attack on any threat works on these unchanged: `pgd(threat=compose((Color(),
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -20,6 +20,7 @@ from epsball.core.victim import Bound
 from epsball.errors import BadInput
 from epsball.threats.flow import boxed
 from epsball.threats.lp import L0, L1, L2, Linf, Room
+from epsball.threats.patch import Patch
 
 Penalty = Callable[[Tensor], Tensor]
 """A part's variable (B, ...) -> (B,), such as `roughness` or `unevenness`."""
@@ -87,7 +88,11 @@ class Composed:
 
     parts: tuple[Projects, ...]
     budgets: tuple[float, ...]
-    name: str = field(default="compose", init=False, repr=False)
+
+    @property
+    def name(self) -> str:
+        """Those of the parts, as in threat strings: `color+linf`."""
+        return "+".join(part.name for part in self.parts)
 
     def within(self, box: tuple[Bound, Bound]) -> Composed:
         """Every part inside the box."""
@@ -152,7 +157,7 @@ def compose(*parts: tuple[Projects, float]) -> Composed:
     Laidlaw & Feizi 2019, arXiv 1906.00001, section 4: functional, then flow, then additive. Lp threats act by addition.
 
     Raises:
-        BadInput: no part, or a budget that is not above 0.
+        BadInput: no part, a budget that is not above 0, or a part that only knows the clean input.
 
     >>> compose((Linf(), 8 / 255)).parts[0].name
     'linf'
@@ -162,6 +167,8 @@ def compose(*parts: tuple[Projects, float]) -> Composed:
     for threat, budget in parts:
         if not 0 < budget < float("inf"):
             raise BadInput(f"compose: budget {budget:g} of '{threat.name}': must be above 0 and finite")
+        if isinstance(threat, Patch):  # its variable is the input itself: it would undo what acted before it
+            raise BadInput("compose: 'patch' cannot be a part: audit it alone, or in Python compose a Window, which has a place")
     threats = tuple(Added(part) if isinstance(part, Linf | L2 | L1 | L0) else part for part, _ in parts)
     return Composed(threats, tuple(float(budget) for _, budget in parts))
 

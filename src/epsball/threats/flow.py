@@ -192,8 +192,8 @@ class Rigid:
 
     def apply(self, x: Tensor, z: Tensor) -> Tensor:
         """The moved image; bit for bit x where z is zero."""
-        down, right = places(x)
-        moves = z.to(down.dtype)
+        # Places in float64: sines round by their row in the batch, which float32 places then hide.
+        moves, (down, right) = z.double(), (place.double() for place in places(x))
         angle = torch.deg2rad(moves[:, 0])[:, None, None]
         middle = ((x.shape[2] - 1) / 2, (x.shape[3] - 1) / 2)
         # Where to read: the inverse motion. cos - 1 keeps the zero motion exact.
@@ -201,7 +201,8 @@ class Rigid:
         less = -2 * (angle / 2).sin().square()
         row = down - moves[:, 1, None, None] + less * below + angle.sin() * beside
         column = right - moves[:, 2, None, None] + less * beside - angle.sin() * below
-        return boxed(x, sample(x.to(down.dtype), row, column, outside=self.outside), self.box)
+        work = _work(x.dtype)
+        return boxed(x, sample(x.to(work), row.to(work), column.to(work), outside=self.outside), self.box)
 
     def size(self, x: Tensor, z: Tensor) -> Tensor:
         """Largest share of a limit."""
