@@ -25,7 +25,8 @@ NOTES = (
     "Fooled: the network's own answer changes, whatever the true class. Fit and test images are disjoint.",
     "The L2 radius is the same share of the mean length of an image as in the paper, 2,000 of about 50,000 (recalled).",
     "Sum: a running sum of DeepFool's changes, 64 images at once where the paper takes one after another, five passes. "
-    "With ten classes and untargeted changes the parts cancel; smaller batches do not help.",
+    "The parts have little in common here: over 500 images on the network with batch norm their sum is 6.0 % as long as all of them "
+    "end to end (independent directions: 4.5 %), so the sum grows slowly. Batches of 1, 4 or 32 do alike.",
     "Gradient: one shared change climbed by mini-batches (arXiv 1811.11304), ten passes.",
 )
 
