@@ -142,7 +142,7 @@ def test_failure_returns_clean_and_costs_little() -> None:
     outcome = jsma()(lambda x: torch.tensor([1.0, 0.0]).expand(len(x), 2), x, torch.zeros(2, dtype=torch.int64), torch.inf)
     assert not bool(outcome.reached.any())
     assert torch.equal(outcome.x_adv, x)
-    assert outcome.queries.tolist() == [3, 3]
+    assert outcome.queries.tolist() == [2, 2]
 
 
 def test_frozen_features_and_pixels() -> None:

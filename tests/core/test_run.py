@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -105,6 +105,49 @@ def test_rows_finish_on_their_own() -> None:
     assert found.reached.tolist() == [True, True, False]
     assert found.queries.tolist() == [3, 4, 4]
     assert torch.allclose(found.x_adv[:, 0], torch.tensor([0.6, 0.61, 0.5]))
+
+
+@dataclass(frozen=True)
+class Visit:
+    z: Tensor
+    path: Tensor  # (B, T, 2)
+    looks: Tensor  # (B,) wanted
+    at: int
+
+
+@dataclass(frozen=True)
+class Leaving:
+    """Looks at given points in turn; each sample leaves after its own number of looks."""
+
+    path: Tensor
+    looks: Tensor
+
+    def init(self, problem: Problem, steps: int) -> Visit:
+        return Visit(self.path[:, 0], self.path, self.looks, 0)
+
+    def step(self, problem: Problem, state: Visit) -> tuple[Reading, Visit]:
+        reading = replace(problem.judge(state.z), over=state.looks <= state.at + 1)
+        return reading, replace(state, z=state.path[:, state.at + 1], at=state.at + 1)
+
+
+@pytest.mark.parametrize("drop", [False, True])
+def test_a_sample_whose_search_is_over_leaves_unasked(drop: bool) -> None:
+    heard: list[tuple[int, int, int]] = []
+    path = torch.tensor([[[p, 0.5] for p in (0.5, 0.6, 0.58, 0.57)]]).expand(3, -1, -1)
+    attack = Attack("leaving", Linf(), margin, Leaving(path, torch.tensor([1, 2, 9])), 3, smallest=True)
+    found = attack(ramp, X, LABELS, 0.2, drop=drop, watch=lambda *told: heard.append(told))
+    assert found.reached.tolist() == [False, True, True]
+    assert torch.allclose(found.size, torch.tensor([0.0, 0.1, 0.07], dtype=torch.float64), atol=1e-7)
+    assert found.queries.tolist() == [2, 3, 5]  # the clean look, one per step; only the last is still there to be judged at the end
+    assert heard == [(0, 3, 3), (1, 3, 2), (2, 3, 1)]
+
+
+def test_a_search_that_is_over_for_all_ends() -> None:
+    heard: list[tuple[int, int, int]] = []
+    attack = Attack("leaving", Linf(), margin, Leaving(torch.full((3, 9, 2), 0.5), torch.full((3,), 2)), 8)
+    found = attack(ramp, X, LABELS, 0.2, watch=lambda *told: heard.append(told))
+    assert found.queries.tolist() == [3, 3, 3]
+    assert len(heard) == 2
 
 
 def test_watch_hears_every_step_and_who_is_left() -> None:

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from epsball.attacks.minimal import Bracket, Round, at_rest, first_weight, limits, look, offered, width
+from epsball.attacks.minimal import Bracket, Round, first_weight, limits, offered, width
 from epsball.attacks.registry import register
 from epsball.core import Attack, Gradient, Problem, Projects, Reading, autograd
 from epsball.core.rows import per_sample
@@ -65,7 +65,6 @@ class _Walk:
     square: Tensor
     round: Round
     aim: Aim | None
-    last: Reading | None
 
 
 @dataclass(frozen=True)
@@ -75,7 +74,7 @@ class TanhAdam:
     `edge` < 1 keeps the slope of tanh away from 0 for features that start at the end of their interval, as most of MNIST's
     do; w stays within |tanh w| <= edge, and a feature whose w never moved is exactly that of x. Adam's memory and the round
     counters are per sample; a round ends after `steps` looks, or after steps / 5 without progress; each round starts at
-    the best success, or where the last one ended. A finished sample is not looked at any more.
+    the best success, or where the last one ended.
 
     Attributes:
         schedule: the norm. steps: looks of one round. rounds: most rounds. rate: Adam's learning rate in w. kappa: least margin
@@ -103,18 +102,15 @@ class TanhAdam:
         w = torch.atanh(self.edge * share.clamp(-1, 1))
         zero = torch.zeros_like(w)
         return _Walk(
-            x.clone(), torch.full_like(problem.radius, torch.inf), w, w, w, low, high, zero, zero, Round.first(problem.radius), None, None
+            x.clone(), torch.full_like(problem.radius, torch.inf), w, w, w, low, high, zero, zero, Round.first(problem.radius), None
         )
 
     def step(self, problem: Problem, state: _Walk) -> tuple[Reading, _Walk]:
-        """One look at the samples still searched, one step of Adam."""
-        if state.aim is not None and bool(state.aim.done.all()):
-            return at_rest(problem), state
+        """One look, one step of Adam."""
         image = self._image(problem, state)
-        awake = torch.ones_like(state.best, dtype=torch.bool) if state.aim is None else ~state.aim.done
-        reading = look(problem, image, awake, state.last, self.gradient)
+        reading = self.gradient(problem, image)
         aim = self.schedule.start(problem, reading) if state.aim is None else state.aim
-        success = problem.goal.reached(reading.output) & (reading.score >= self.kappa) & awake
+        success = problem.goal.reached(reading.output) & (reading.score >= self.kappa)
         size = problem.threat.size(problem.x, image)
         better = success & (size < state.best)
         change = image.to(state.w.dtype) - problem.x.to(state.w.dtype)
@@ -139,9 +135,8 @@ class TanhAdam:
             square=moved.square * keep,
             round=rnd,
             aim=aim,
-            last=reading,
         )
-        return offered(problem, reading, success), state
+        return replace(offered(problem, reading, success), over=aim.done), state
 
     def _image(self, problem: Problem, state: _Walk) -> Tensor:
         """The input that w stands for, exactly x where nothing moved or nothing may."""
@@ -308,7 +303,7 @@ def _attack(name: str, threat: Projects, schedule: Schedule, steps: int, rounds:
     paper="Carlini & Wagner 2017, arXiv 1608.04644, section VI.A",
     threats=("l2",),
     kind="smallest",
-    cost="at most steps * rounds forwards and backwards, 1 forward to judge",
+    cost="at most steps * rounds forwards and backwards",
 )
 def cw_l2(steps: int = 50, rounds: int = 9, kappa: float = 0.0, step: float = 0.1, threat: Projects | None = None) -> Attack:
     """Carlini & Wagner's L2 attack: min |change|^2 + c max(kappa - margin, 0) under a tanh, c by bisection.
@@ -328,7 +323,7 @@ def cw_l2(steps: int = 50, rounds: int = 9, kappa: float = 0.0, step: float = 0.
     paper="Carlini & Wagner 2017, arXiv 1608.04644, section VI.C",
     threats=("linf",),
     kind="smallest",
-    cost="at most steps * rounds forwards and backwards, 1 forward to judge",
+    cost="at most steps * rounds forwards and backwards",
 )
 def cw_linf(steps: int = 20, rounds: int = 40, kappa: float = 0.0, step: float = 0.1, threat: Projects | None = None) -> Attack:
     """Carlini & Wagner's Linf attack: min sum max(0, |change| - tau) + c max(kappa - margin, 0), tau falling by 0.9 per success.
@@ -346,7 +341,7 @@ def cw_linf(steps: int = 20, rounds: int = 40, kappa: float = 0.0, step: float =
     paper="Carlini & Wagner 2017, arXiv 1608.04644, section VI.B",
     threats=("l0", "l0f"),
     kind="smallest",
-    cost="at most steps * rounds forwards and backwards, 1 forward to judge",
+    cost="at most steps * rounds forwards and backwards",
 )
 def cw_l0(steps: int = 20, rounds: int = 40, kappa: float = 0.0, step: float = 0.3, threat: Projects | None = None) -> Attack:
     """Carlini & Wagner's L0 attack: the L2 attack on ever fewer pixels, until no pixel can be spared.

@@ -22,7 +22,7 @@ from epsball.threats import L2, Linf
     threats=("l2", "linf"),
     kind="smallest",
     targeted=False,
-    cost="per step a sample needs: 2 forwards (the first step 1), `candidates` backwards (3 from the third step on); 1 forward to judge",
+    cost="per step a sample needs: 2 forwards (the first step 1), `candidates` backwards (3 from the third step on)",
 )
 def deepfool(steps: int = 50, overshoot: float = 0.02, candidates: int = 9, threat: Projects | None = None) -> Attack:
     """DeepFool, Algorithm 2: z <- z + (1 + overshoot) * |f| / ||w||_* * steepest(w) for the nearest class boundary f, w.
@@ -83,7 +83,7 @@ class ToNearest:
     threats=("l2",),
     kind="smallest",
     targeted=False,
-    cost="rounds * (DeepFool's, 1 forward and 1 backward, `search` forwards); 1 forward to judge",
+    cost="rounds * (DeepFool's, 1 forward and 1 backward, `search` forwards)",
 )
 def superdeepfool(
     steps: int = 100,
@@ -150,7 +150,7 @@ class Orthogonal:
     def step(self, problem: Problem, state: _Turning) -> tuple[Reading, _Turning]:
         """Look; then walk, turn, or go to the next t."""
         reading, trail, _ = look(problem, state.trail)
-        hit = problem.goal.reached(trail.output) & trail.walking
+        hit = problem.goal.reached(trail.output)
         s = replace(
             state,
             low=torch.where(hit, state.low, torch.maximum(state.low, state.t)),
@@ -158,7 +158,7 @@ class Orthogonal:
             end=torch.where(per_sample(hit, state.end) > 0, trail.z, state.end),
         )
         over = ~s.afoot & (s.asked >= self.search)
-        walking = trail.walking & valid(trail.output) & ~(over & (s.round == self.rounds))
+        walking = valid(trail.output) & ~(over & (s.round == self.rounds))
         stepping = s.afoot & ~hit & walking
         s = self._turned(problem, s, (s.afoot & hit & walking).nonzero().squeeze(1))
         t = torch.where(s.asked == 0, s.t, torch.where(torch.isfinite(s.high), (s.low + s.high) / 2, 1.25 * s.t))
@@ -168,7 +168,7 @@ class Orthogonal:
         for first in (True, False):  # later walks try the nearest classes only
             z, trail = self._walked(problem, trail, z, (stepping & ((s.round == 0) == first)).nonzero().squeeze(1), first)
         walking &= ~stepping | (z != trail.z).flatten(1).any(1)
-        return reading, replace(s, t=t, asked=s.asked + 1, afoot=s.afoot | over, trail=replace(trail, z=z, walking=walking))
+        return replace(reading, over=~walking), replace(s, t=t, asked=s.asked + 1, afoot=s.afoot | over, trail=replace(trail, z=z))
 
     def _walked(self, problem: Problem, trail: Trail, z: Tensor, rows: Tensor, first: bool) -> tuple[Tensor, Trail]:
         """`z` with DeepFool's step at `rows`, and the trail with their classes in the order found."""

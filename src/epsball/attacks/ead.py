@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from epsball.attacks.minimal import Bracket, Round, at_rest, first_weight, limits, look, offered, width
+from epsball.attacks.minimal import Bracket, Round, first_weight, limits, offered, width
 from epsball.attacks.registry import register
 from epsball.core import Attack, Gradient, Problem, Projects, Reading, autograd
 from epsball.core.rows import per_sample
@@ -18,7 +18,10 @@ from epsball.threats import L1
 
 @dataclass(frozen=True)
 class _Shrunk:
-    """`z` is the best success by the decision rule, x where none; `here` the last shrunken point, `ahead` where the next look is."""
+    """`z` is the best success by the decision rule, x where none, with the model's answer and its score there.
+
+    `here` is the last shrunken point, `ahead` where the next look is.
+    """
 
     z: Tensor
     best: Tensor
@@ -29,8 +32,8 @@ class _Shrunk:
     beta: Tensor
     round: Round
     bracket: Bracket | None
-    done: Tensor
-    last: Reading | None
+    output: Tensor
+    score: Tensor
 
 
 @dataclass(frozen=True)
@@ -58,16 +61,14 @@ class ElasticNet:
         """At the clean input."""
         low, high = limits(problem)
         x, nothing = problem.x, torch.full_like(problem.radius, torch.inf)
-        beta, done = self.beta * width(problem), torch.zeros_like(nothing, dtype=torch.bool)
-        return _Shrunk(x.clone(), nothing, x, x, low, high, beta, Round.first(nothing), None, done, None)
+        score = torch.zeros_like(problem.clean[:, 0])
+        return _Shrunk(x.clone(), nothing, x, x, low, high, self.beta * width(problem), Round.first(nothing), None, problem.clean, score)
 
     def step(self, problem: Problem, state: _Shrunk) -> tuple[Reading, _Shrunk]:
-        """One look at the samples still searched, one shrinkage."""
-        if bool(state.done.all()):
-            return at_rest(problem), state
-        reading = look(problem, state.ahead, ~state.done, state.last, self.gradient)
+        """One look, one shrinkage."""
+        reading = self.gradient(problem, state.ahead)
         bracket = state.bracket or self._start(state, reading)
-        success = problem.goal.reached(reading.output) & (reading.score >= self.kappa) & ~state.done
+        success = problem.goal.reached(reading.output) & (reading.score >= self.kappa)
         change = reading.z.double() - problem.x.double()
         ones, twos = change.flatten(1).abs().sum(1), change.flatten(1).square().sum(1)
         net = twos + state.beta * ones
@@ -86,11 +87,20 @@ class ElasticNet:
             ahead=torch.where(per_sample(over, here) > 0, here, ahead),
             round=rnd,
             bracket=bracket,
-            done=rnd.number >= self.rounds,
-            last=reading,
+            output=torch.where(better[:, None], reading.output, state.output),
+            score=torch.where(better, reading.score, state.score),
         )
-        # Under the elastic-net rule only the last best is shown, because `run` would rank successes by the threat's size.
-        return offered(problem, reading, success if self.sparse else torch.zeros_like(success)), state
+        done = rnd.number >= self.rounds
+        return replace(self._shown(problem, state, reading, success, done), over=done), state
+
+    def _shown(self, problem: Problem, state: _Shrunk, reading: Reading, success: Tensor, done: Tensor) -> Reading:
+        """Successes; under the elastic-net rule only the last best, because `run` would rank successes by the threat's size."""
+        if self.sparse:
+            return offered(problem, reading, success)
+        last = done & torch.isfinite(state.best)
+        z = torch.where(per_sample(last, state.z) > 0, state.z, reading.z)
+        output, score = torch.where(last[:, None], state.output, reading.output), torch.where(last, state.score, reading.score)
+        return offered(problem, Reading(z, z, output, score), last)
 
     def _start(self, state: _Shrunk, reading: Reading) -> Bracket:
         """Twice what a linear model would need, and enough for the steepest feature to survive the first shrinkage twice over."""
@@ -122,7 +132,7 @@ class ElasticNet:
     paper="Chen et al. 2018, arXiv 1709.04114",
     threats=("l1",),
     kind="smallest",
-    cost="at most steps * rounds forwards and backwards, 1 forward to judge",
+    cost="at most steps * rounds forwards and backwards",
 )
 def ead(
     steps: int = 50,

@@ -8,11 +8,12 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from epsball.attacks.minimal import limits
 from epsball.attacks.registry import register
 from epsball.attacks.walk import Trail, begin, best_others, crossings, look, nearest_plane
 from epsball.core import Attack, Problem, Projects, Reading, Targeted
 from epsball.core.rows import per_sample
-from epsball.core.rule import normalized
+from epsball.core.rule import lengths, normalized
 from epsball.errors import BadInput
 from epsball.objectives import margin
 from epsball.threats import L1, L2, Linf
@@ -140,7 +141,7 @@ class Boundary:
         )
         if trail.looks > s.last:
             z, s = self._interpolated(problem, s, hit)
-            return reading, replace(s, trail=replace(trail, z=z, walking=torch.isfinite(s.size)))
+            return replace(reading, over=torch.isinf(s.size)), replace(s, trail=replace(trail, z=z, walking=torch.isfinite(s.size)))
         run, place = divmod(trail.looks - 1, s.period)
         if self.aimed and run >= s.candidates.shape[1]:  # fewer classes than runs
             return reading, replace(s, trail=replace(trail, walking=torch.zeros_like(trail.walking)))
@@ -167,12 +168,12 @@ class Boundary:
         p, q, onto, _ = _geometry(problem.threat)
         own, others = crossings(problem.goal, s.trail.output, others)
         plane = nearest_plane(problem, z, own, others, q)
-        x, at, w = (t.double().flatten(1) for t in (problem.x, z, plane.slope))
-        value = plane.value.double()
-        low, high = (bound.double().flatten(1) for bound in problem.threat.room.interval(problem.x))  # type: ignore[attr-defined]
+        working = torch.promote_types(z.dtype, torch.float32)
+        x, at, w, low, high = (t.to(working).flatten(1) for t in (problem.x, z, plane.slope, *limits(problem)))
+        value = plane.value.to(working)
         box = (torch.cat([low, low]), torch.cat([high, high]))
         both = onto(torch.cat([at, x]), torch.cat([w, w]), torch.cat([-value, -(value + (w * (x - at)).sum(1))]), *box)
-        away = torch.linalg.vector_norm(both, p, dim=1).clamp(min=1e-12)
+        away = lengths(both, p).clamp(min=1e-12)
         from_z, from_x = both.chunk(2)
         bias = (away.chunk(2)[0] / (away.chunk(2)[0] + away.chunk(2)[1])).clamp(max=self.alpha)[:, None]
         if isinstance(problem.goal, Targeted):  # first meet every boundary of the target, without bias
@@ -206,21 +207,24 @@ def _geometry(threat: Projects) -> tuple[float, float, Onto, float]:
 def onto_plane(z: Tensor, w: Tensor, rise: Tensor, low: Tensor, high: Tensor, growth: Callable[[Tensor], Tensor]) -> Tensor:
     """The smallest change d (B, F) with <w, d> = rise (B,) and low <= z + d <= high; as far as the box allows if it cannot be.
 
-    In the useful direction feature i changes by min(t * growth_i, space_i), so <w, d> is concave and piecewise linear in t,
-    with a kink where a feature meets its bound: sort the kinks, sum, and read t off. `growth` of |w| is |w| itself for L2,
-    1 for Linf.
+    In the useful direction feature i changes by min(t * growth_i, space_i), so <w, d> is concave and piecewise linear in t:
+    Newton's iteration from below meets the plane after finitely many steps, usually a few. `growth` of |w| is |w| itself for
+    L2, 1 for Linf.
     """
     weight, toward, space = _useful(z, w, rise, low, high)
-    rate = growth(weight)
-    kinks, order = torch.where(rate > 0, space / rate, 0.0).sort(1)
-    gain, slope = (weight * space).gather(1, order), (weight * rate).gather(1, order)
-    full = torch.nn.functional.pad(gain.cumsum(1), (1, 0))[:, :-1]  # from the features that met their bound before this kink
-    left = slope.flip(1).cumsum(1).flip(1)  # of those that still grow up to it
-    reached = full + kinks * left
-    place = torch.searchsorted(reached, rise.abs()[:, None]).clamp(max=w.shape[1] - 1)
-    t = (rise.abs()[:, None] - full.gather(1, place)) / left.gather(1, place).clamp(min=1e-300)
-    t = torch.where(rise.abs()[:, None] > reached[:, -1:], torch.inf, t.clamp(min=0.0))
-    return toward * torch.where(rate > 0, torch.minimum(torch.where(rate > 0, t * rate, 0.0), space), 0.0)
+    rate, goal, largest = growth(weight), rise.abs()[:, None], torch.finfo(w.dtype).max
+    gain = weight * rate
+    t = (goal / gain.sum(1, keepdim=True)).nan_to_num(nan=0.0, posinf=largest)
+    for _ in range(w.shape[1]):
+        full = t * rate
+        change = torch.minimum(full, space)
+        missing = goal - (weight * change).sum(1, keepdim=True)
+        left = (gain * (change == full)).sum(1, keepdim=True)
+        short = (missing > 4 * torch.finfo(t.dtype).eps * goal) & (left > 0)
+        if not bool(short.any()):
+            break
+        t = torch.where(short, (t + missing / left).clamp(max=largest), t)
+    return toward * change
 
 
 def onto_plane_l1(z: Tensor, w: Tensor, rise: Tensor, low: Tensor, high: Tensor) -> Tensor:

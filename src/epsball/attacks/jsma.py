@@ -38,7 +38,7 @@ def logits(output: Tensor, target: Tensor) -> Tensor:
     paper="Papernot et al. 2016, arXiv 1511.07528",
     threats=("l0f", "l0"),
     kind="smallest",
-    cost="per step a sample needs: 2 forwards (the first step 1), 1 backward (2 over logits), whatever the classes; 1 forward to judge",
+    cost="per step a sample needs: 2 forwards (the first step 1), 1 backward (2 over logits), whatever the classes",
 )
 def jsma(
     steps: int = 100,

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from epsball.attacks.minimal import Bracket, Round, at_rest, first_weight, limits, look, offered
+from epsball.attacks.minimal import Bracket, Round, first_weight, limits, offered
 from epsball.attacks.registry import register
 from epsball.core import Attack, Gradient, Problem, Projects, Reading, Untargeted, autograd
 from epsball.core.rows import per_sample
@@ -79,8 +79,6 @@ class _Descent:
     memory: _Memory
     round: Round
     bracket: Bracket | None
-    done: Tensor
-    last: Reading | None
 
 
 @dataclass(frozen=True)
@@ -105,17 +103,13 @@ class ProjectedLbfgs:
         nothing, zero = torch.full_like(problem.radius, torch.inf), torch.zeros_like(problem.radius)
         memory = _Memory(*(flat.new_zeros(len(flat), self.pairs, flat.shape[1]) for _ in range(2)))
         never, start = zero.bool(), problem.x.clone()
-        return _Descent(
-            start, nothing, flat, nothing, flat * 0, flat * 0, zero, never, start, memory, Round.first(nothing), None, never, None
-        )
+        return _Descent(start, nothing, flat, nothing, flat * 0, flat * 0, zero, never, start, memory, Round.first(nothing), None)
 
     def step(self, problem: Problem, state: _Descent) -> tuple[Reading, _Descent]:
-        """One trial of every sample still searched."""
-        if bool(state.done.all()):
-            return at_rest(problem), state
-        reading = look(problem, state.trial, ~state.done, state.last, self.gradient)
+        """One trial of every sample."""
+        reading = self.gradient(problem, state.trial)
         bracket = state.bracket or Bracket.start(self.first * first_weight(reading))
-        success = problem.goal.reached(reading.output) & ~state.done
+        success = problem.goal.reached(reading.output)
         size = problem.threat.size(problem.x, state.trial)
         better = success & (size < state.best)
         at = replace(
@@ -123,10 +117,10 @@ class ProjectedLbfgs:
             z=torch.where(per_sample(better, state.trial) > 0, state.trial, state.z),
             best=torch.where(better, size, state.best),
             bracket=bracket,
-            last=reading,
         )
         at, over = self._accept(problem, at, bracket, reading, success)
-        return offered(problem, reading, success), self._aim(problem, at, bracket, over)
+        at = self._aim(problem, at, bracket, over)
+        return replace(offered(problem, reading, success), over=at.round.number >= self.rounds), at
 
     def _accept(self, problem: Problem, state: _Descent, bracket: Bracket, reading: Reading, success: Tensor) -> tuple[_Descent, Tensor]:
         """Armijo: the trial becomes `here`, or the length shrinks to the minimum of the parabola, by half to a tenth."""
@@ -170,14 +164,14 @@ class ProjectedLbfgs:
         way = torch.where((over | torch.isnan(state.way[:, 0]))[:, None], way, state.way)
         trial = torch.minimum(torch.maximum(state.here + state.length[:, None] * way, low), high)
         trial = torch.where(torch.isfinite(trial), trial, state.here).to(problem.x.dtype).reshape(problem.x.shape)
-        return replace(state, way=way, trial=trial, bracket=bracket, round=rnd, done=rnd.number >= self.rounds)
+        return replace(state, way=way, trial=trial, bracket=bracket, round=rnd)
 
 
 @register(
     paper="Szegedy et al. 2014, arXiv 1312.6199, section 4.1",
     threats=("l2",),
     kind="smallest",
-    cost="at most steps * rounds forwards and backwards, 1 forward to judge",
+    cost="at most steps * rounds forwards and backwards",
 )
 def lbfgs(steps: int = 20, rounds: int = 10, threat: Projects | None = None) -> Attack:
     """Box-constrained L-BFGS: min |d|^2 - c log p(target) inside the box, c by bisection. Untargeted: log(1 - p(label)).

@@ -9,18 +9,18 @@ import torch
 from torch import Tensor
 
 from epsball.attacks.registry import register
-from epsball.core import Attack, Gradient, Objective, Problem, Projects, Reading, autograd, valid
+from epsball.core import Attack, Gradient, Objective, Problem, Projects, Reading, Targeted, Untargeted, autograd, valid
 from epsball.core.rows import per_sample
-from epsball.core.rule import normalized
+from epsball.core.rule import lengths, normalized, unit
+from epsball.core.threat import Z
 from epsball.errors import BadInput
-from epsball.objectives import cross_entropy, margin
-from epsball.threats import L0, L2
+from epsball.objectives import margin
+from epsball.threats import L0, L1, L2, Linf
 
 
 def limits(problem: Problem) -> tuple[Tensor, Tensor]:
     """(low, high) of every feature, (B, ...): box, mask and budget as the threat knows them."""
-    everything = torch.full_like(problem.radius, torch.inf)
-    low, high = (problem.threat.project(problem.x, torch.full_like(problem.x, end), everything) for end in (-torch.inf, torch.inf))
+    low, high = problem.threat.room.interval(problem.x)  # type: ignore[attr-defined]
     return low, high
 
 
@@ -31,21 +31,38 @@ def width(problem: Problem) -> Tensor:
     return torch.where(torch.isfinite(wide), wide, torch.ones_like(wide))
 
 
-def _margin(reading: Reading) -> Tensor:
-    """(B,) float64: |score|, +inf where it is no number."""
-    return torch.nan_to_num(reading.score.double(), nan=torch.inf).abs()
-
-
 def _annealed(first: float, last: float, share: float) -> float:
     """Half a cosine from `first` down to `last`."""
     return last + (first - last) * (1 + math.cos(math.pi * share)) / 2
 
 
+def soft_margin(sharpness: float) -> Objective:
+    """The margin over a mean of the rival scores, each weighed by exp(sharpness * score / clean margin): all rivals count, then the best.
+
+    Its gradient is that of the margin over their soft maximum, log sum exp; weights are constants. In units of the clean margin
+    the scale of the logits does not matter, and nothing saturates, as cross-entropy does.
+    """
+
+    def objective(problem: Problem, z: Z, x_adv: Tensor, output: Tensor) -> Tensor:
+        goal = problem.goal
+        if not isinstance(goal, (Untargeted, Targeted)):
+            return margin(problem, z, x_adv, output)
+        with torch.no_grad():
+            scale = margin(problem, problem.x, problem.x, problem.clean).abs().clamp(min=1e-20)
+            rivals = (output * (sharpness / scale)[:, None]).scatter(1, goal.labels[:, None], -torch.inf)
+            weight = rivals.softmax(1).scatter(1, goal.labels[:, None], -1.0)
+        ahead: Tensor = (weight * output).sum(1)
+        return ahead if isinstance(goal, Untargeted) else -ahead
+
+    return objective
+
+
 @dataclass(frozen=True)
 class _Shell:
-    """Where a search stands: at z, inside `radius` (B,); `best` (B,) is the smallest success, +inf where none."""
+    """Where a search stands: at z, of `size` (B,) at most, inside `radius` (B,); `best` (B,) is the smallest success, +inf where none."""
 
     z: Tensor
+    size: Tensor
     radius: Tensor
     limit: Tensor
     width: Tensor
@@ -53,11 +70,38 @@ class _Shell:
     moves: int
     steps: int
 
+    @property
+    def share(self) -> float:
+        """How much of the search is over."""
+        return self.moves / self.steps
 
-def _begin(problem: Problem, steps: int, radius: Tensor) -> _Shell:
-    limit = torch.minimum(problem.radius, problem.threat.reach(problem.x))
-    nothing = torch.full_like(limit, torch.inf)
-    return _Shell(problem.x.clone(), torch.minimum(radius, limit), limit, width(problem), nothing, 0, max(steps, 1))
+    def moved(self, z: Tensor, size: Tensor, radius: Tensor, best: Tensor) -> _Shell:
+        """One move later."""
+        return _Shell(z, size, radius, self.limit, self.width, best, self.moves + 1, self.steps)
+
+
+def _begin(problem: Problem, steps: int, radius: Tensor | float) -> _Shell:
+    """At the clean input; a number as first radius is in box widths."""
+    limit, wide = torch.minimum(problem.radius, problem.threat.reach(problem.x)), width(problem)
+    first, zero = radius if isinstance(radius, Tensor) else radius * wide, torch.zeros_like(limit)
+    return _Shell(problem.x.clone(), zero, torch.minimum(first, limit), limit, wide, zero + torch.inf, 0, max(steps, 1))
+
+
+def _look(problem: Problem, state: _Shell, gradient: Gradient, soft: bool) -> Reading:
+    """Climbs the soft margin, ever sharper, or the objective that the attack was given."""
+    return gradient(replace(problem, objective=soft_margin(5 * 200**state.share)) if soft else problem, state.z)
+
+
+def _uphill(problem: Problem, gradient: Tensor, p: float, move: int) -> tuple[Tensor, Tensor]:
+    """(where it climbs, the p-norm (B,) of that): the gradient; keyed noise where it vanished."""
+    steep, tiny = lengths(gradient, p), torch.finfo(gradient.dtype).tiny ** 0.5  # so that a step over it stays finite
+    odd = (~((steep > tiny) & (steep < 1 / tiny))).nonzero().squeeze(1)
+    if not len(odd):
+        return gradient, steep
+    rows, length = unit(gradient[odd], p)
+    lost = odd[length == 0]
+    noise = normalized(problem.key.fold("lost", move).normal(problem.ids[lost], problem.x[lost]), p)
+    return gradient.index_copy(0, odd, rows).index_copy(0, lost, noise), steep.index_fill(0, odd, 1.0)
 
 
 @dataclass(frozen=True)
@@ -65,10 +109,11 @@ class DecoupledNorm:
     """DDN, Algorithm 1: a step along the unit gradient, then back onto a sphere that shrinks where the goal is reached and grows elsewhere.
 
     Attributes:
-        gamma: share by which the sphere shrinks or grows. start: first radius, in box widths. step_size: first step, in radii but
-            never more than in box widths; the last is a hundredth of it.
+        soft: climbs `soft_margin`, else the attack's objective. gamma: share by which the sphere shrinks or grows. step_size: first
+            step, in radii but never more than in box widths; the last is a hundredth of it. start: first radius, in box widths.
     """
 
+    soft: bool
     gamma: float = 0.05
     step_size: float = 1.0
     start: float = 1.0
@@ -76,43 +121,70 @@ class DecoupledNorm:
 
     def init(self, problem: Problem, steps: int) -> _Shell:
         """At the clean input."""
-        return _begin(problem, steps, self.start * width(problem))
+        return _begin(problem, steps, self.start)
 
     def step(self, problem: Problem, state: _Shell) -> tuple[Reading, _Shell]:
         """One look, one move."""
-        x, reading = problem.x, self.gradient(problem, state.z)
-        direction = self._direction(problem, reading, state.moves)
-        length = _annealed(self.step_size, self.step_size / 100, state.moves / state.steps) * torch.minimum(state.width, state.radius)
+        x, reading = problem.x, _look(problem, state, self.gradient, self.soft)
         factor = torch.where(problem.goal.reached(reading.output), 1 - self.gamma, 1 + self.gamma)
         radius = torch.minimum(state.radius * factor, state.limit)
-        change = state.z - x + per_sample(length, x) * direction
-        z = problem.threat.project(x, x + per_sample(radius, x) * normalized(change, 2), radius)
-        return reading, replace(state, z=z, radius=radius, moves=state.moves + 1)
+        length = _annealed(self.step_size, self.step_size / 100, state.share) * torch.minimum(state.width, state.radius)
+        direction, steep = _uphill(problem, reading.gradient, 2, state.moves)
+        change = (state.z - x).addcmul_(direction, per_sample(length / steep, x))
+        scale = radius / lengths(change, 2).clamp(min=torch.finfo(change.dtype).tiny)
+        z = problem.threat.project(x, change.mul_(per_sample(scale, x)).add_(x), problem.radius)
+        return reading, state.moved(z, radius, radius, state.best)
 
-    def _direction(self, problem: Problem, reading: Reading, move: int) -> Tensor:
-        unit = normalized(reading.gradient, 2)
-        lost = (unit.flatten(1) == 0).all(1).nonzero().squeeze(1)
-        if not len(lost):
-            return unit
-        noise = problem.key.fold("lost", move).normal(problem.ids[lost], problem.x[lost])
-        return unit.index_copy(0, lost, normalized(noise, 2))
+
+def shortened(threat: Projects, change: Tensor, radius: Tensor) -> Tensor:
+    """The nearest change in the ball of `radius` (B,): quick, only as good as its precision, without box or inward rounding.
+
+    Raises:
+        BadInput: other threats than Linf, L2 and L1.
+    """
+    most = per_sample(radius, change)
+    if isinstance(threat, Linf):
+        return change.clamp(-most, most)
+    if isinstance(threat, L2):
+        return change * (most / per_sample(lengths(change, 2), change)).clamp(max=1.0).nan_to_num_(nan=1.0)
+    if isinstance(threat, L1):
+        most = level(change.abs(), most)
+        return change - change.clamp(-most, most)
+    raise BadInput(f"threat '{threat.name}': has no ball of changes: use linf, l2 or l1")
+
+
+def level(long: Tensor, amount: Tensor) -> Tensor:
+    """The level t >= 0 above which `amount` of each row's lengths `long` (B, ...) >= 0 lies: sum max(long - t, 0) = amount.
+
+    From below: a feature short of the level drops out, and the rest must do with a higher one, until none does (Michelot 1986).
+    `amount` and the result broadcast against `long`.
+    """
+    axes = tuple(range(1, long.ndim))
+    t = torch.maximum((long.sum(axes, keepdim=True) - amount) / long[0].numel(), long.amax(axes, keepdim=True) - amount).clamp(min=0.0)
+    for _ in range(long[0].numel()):
+        rest = (long - t).clamp_(min=0.0)
+        onward = t + (rest.sum(axes, keepdim=True) - amount) / rest.sign_().sum(axes, keepdim=True).clamp(min=1.0)
+        further = onward > t * (1 + 4 * torch.finfo(t.dtype).eps)
+        if not bool(further.any()):
+            break
+        t = torch.where(further, onward, t)
+    return t
 
 
 @dataclass(frozen=True)
 class AdaptiveNorm:
-    """FMN, Algorithm 1: a step along the unit gradient of the margin, then back into a ball whose radius adapts.
+    """FMN, Algorithm 1: a step uphill, then back into a ball whose radius adapts. Linf, L2, L1.
 
-    Until a first success the radius is the distance to the boundary by linear approximation, |margin| over the dual norm
-    of the gradient; from then on it shrinks by gamma at a success and grows by gamma elsewhere. Counted threats (L0)
-    start at 1 and move by gamma or by 1, whichever is more.
+    Until a first success the change is stretched to the distance to the boundary by linear approximation, |margin| over the dual
+    norm of the gradient; from then on the radius shrinks by gamma at a success and grows by gamma elsewhere, up to just below
+    the smallest success. Steps follow the sign of the gradient under Linf, the unit gradient elsewhere.
 
     Attributes:
-        counts: the radius is a whole number (L0). gamma, last_gamma: first and last share by which it moves.
-        step_size: first step, in box widths but never more than in (linear) L2 distances to the boundary; the last is a hundredth
-            of it. Both follow half a cosine.
+        soft: climbs `soft_margin`, else the attack's objective. gamma, last_gamma: first and last share by which the radius moves.
+        step_size: first step, in radii but never more than in box widths; the last is a hundredth of it. Both follow half a cosine.
     """
 
-    counts: bool
+    soft: bool
     gamma: float = 0.05
     last_gamma: float = 0.001
     step_size: float = 1.0
@@ -120,38 +192,88 @@ class AdaptiveNorm:
 
     def init(self, problem: Problem, steps: int) -> _Shell:
         """At the clean input; the first radius is chosen by the first look."""
-        return _begin(problem, steps, torch.full_like(problem.radius, 1.0 if self.counts else torch.inf))
+        return _begin(problem, steps, torch.inf)
 
     def step(self, problem: Problem, state: _Shell) -> tuple[Reading, _Shell]:
         """One look, one move."""
-        x, share = problem.x, state.moves / state.steps
-        reading = self.gradient(problem, state.z)
-        hit, size = problem.goal.reached(reading.output), problem.threat.size(x, state.z)
-        best = torch.where(hit, torch.minimum(state.best, size), state.best)
-        radius = self._radius(problem, reading, replace(state, best=best), hit, size, _annealed(self.gamma, self.last_gamma, share))
-        steep = torch.linalg.vector_norm(torch.nan_to_num(reading.gradient, nan=0.0).double().flatten(1), dim=1)
-        extent = torch.linalg.vector_norm((state.z.double() - x.double()).flatten(1), dim=1) + _margin(reading) / steep.clamp(min=1e-300)
-        length = _annealed(self.step_size, self.step_size / 100, share) * torch.minimum(state.width, extent)
-        moved = state.z + per_sample(length, x) * normalized(reading.gradient, 2)
-        return reading, replace(state, z=problem.threat.project(x, moved, radius), radius=radius, best=best, moves=state.moves + 1)
+        x, threat, reading = problem.x, problem.threat, _look(problem, state, self.gradient, self.soft)
+        gamma, hit = _annealed(self.gamma, self.last_gamma, state.share), problem.goal.reached(reading.output)
+        best = torch.where(hit, torch.minimum(state.best, state.size), state.best)
+        radius = torch.minimum(state.radius * torch.where(hit, 1 - gamma, 1 + gamma), (1 - gamma) * best)
+        new = torch.isinf(best)
+        searching = bool(new.any())
+        if searching:  # a little past the boundary: a ball that only touches it, rounded inward, would never hold a success
+            radius = torch.where(new, (1 + gamma) * (state.size + _ahead(problem, reading)), radius)
+        radius = torch.minimum(radius, state.limit)
+        direction, steep = _uphill(problem, reading.gradient, 2, state.moves)
+        direction, steep = (direction.sign(), torch.ones_like(steep)) if isinstance(threat, Linf) else (direction, steep)
+        length = _annealed(self.step_size, self.step_size / 100, state.share) * torch.minimum(state.width, radius)
+        low, high = limits(problem)
+        wanted = torch.addcmul(state.z, direction, per_sample(length / steep, x)).clamp_(low, high).sub_(x)
+        change = shortened(threat, wanted, radius)
+        if searching:
+            size = threat.size(x, x + change)
+            change = change * per_sample(torch.where(new & (size > 0), radius / size, 1.0), x)
+        z = threat.project(x, change.add_(x), problem.radius)
+        return reading, state.moved(z, torch.where(new, threat.size(x, z), radius) if searching else radius, radius, best)
 
-    def _radius(self, problem: Problem, reading: Reading, state: _Shell, hit: Tensor, size: Tensor, gamma: float) -> Tensor:
-        radius, best = state.radius, state.best
-        if self.counts:
-            fewer = torch.minimum(torch.minimum(radius - 1, (radius * (1 - gamma)).floor()), best).clamp(min=1.0)
-            return torch.minimum(torch.where(hit, fewer, torch.maximum(radius + 1, (radius * (1 + gamma)).floor())), state.limit)
-        steepest = problem.threat.steepest(problem.x, state.z, reading.gradient)
-        slope = (torch.nan_to_num(reading.gradient, nan=0.0).double() * steepest.double()).flatten(1).sum(1)
-        # A little past the boundary: a ball that only touches it, rounded inward, would never hold a success.
-        ahead = (1 + gamma) * (size + _margin(reading) / slope.clamp(min=1e-300))
-        outward = torch.where(torch.isfinite(best), radius * (1 + gamma), ahead)
-        return torch.minimum(torch.where(hit, torch.minimum(radius * (1 - gamma), best), outward), state.limit)
+
+def _ahead(problem: Problem, reading: Reading) -> Tensor:
+    """(B,) how far the boundary is by linear approximation, along the features that can move; +inf where that says nothing."""
+    gradient = torch.nan_to_num(reading.gradient, nan=0.0).double()
+    slope: Tensor = (gradient * problem.threat.steepest(problem.x, reading.z, reading.gradient)).flatten(1).sum(1)
+    return torch.nan_to_num(reading.score.double(), nan=torch.inf).abs() / slope.clamp(min=1e-300)
+
+
+@dataclass(frozen=True)
+class AdaptiveCount:
+    """FMN under L0: a step uphill, then only as many pixels as allowed keep their change, those of the largest.
+
+    That number starts at 1. It grows by half until a first success; from then on it falls at a success and grows elsewhere, by
+    gamma or by 1, whichever is more. Where half of all pixels do not succeed, steps follow the sign of the gradient: small
+    gradients are then all that is left.
+
+    Attributes:
+        soft, gamma, last_gamma: as in `AdaptiveNorm`. step_size: first step of the feature of largest gradient, in box widths;
+            the last is a tenth of it.
+    """
+
+    soft: bool
+    gamma: float = 0.3
+    last_gamma: float = 0.001
+    step_size: float = 2.0
+    growth: float = 1.5
+    gradient: Gradient = autograd
+
+    def init(self, problem: Problem, steps: int) -> _Shell:
+        """At the clean input, with one pixel."""
+        return _begin(problem, steps, torch.ones_like(problem.radius))
+
+    def step(self, problem: Problem, state: _Shell) -> tuple[Reading, _Shell]:
+        """One look, one move."""
+        x, threat, reading = problem.x, problem.threat, _look(problem, state, self.gradient, self.soft)
+        if not isinstance(threat, L0):
+            raise BadInput(f"threat '{threat.name}': does not count pixels: use l0 or l0f")
+        gamma, hit = _annealed(self.gamma, self.last_gamma, state.share), problem.goal.reached(reading.output)
+        best = torch.where(hit, torch.minimum(state.best, state.size), state.best)
+        new, count = torch.isinf(best), state.radius
+        fewer = torch.minimum(torch.minimum(count - 1, (count * (1 - gamma)).floor()), best).clamp(min=1.0)
+        more = torch.maximum(count + 1, (count * torch.where(new, self.growth, 1 + gamma)).floor())
+        count = torch.minimum(torch.where(hit, fewer, more), state.limit)
+        direction, steep = _uphill(problem, reading.gradient, torch.inf, state.moves)
+        lost = (new & (count >= state.limit / 2)).nonzero().squeeze(1)
+        if len(lost):
+            direction, steep = direction.index_copy(0, lost, direction[lost].sign()), steep.index_fill(0, lost, 1.0)
+        length = _annealed(self.step_size, self.step_size / 10, state.share) * state.width
+        moved = torch.addcmul(state.z, direction, per_sample(length / steep, x))
+        z = threat.most(x, moved.clamp(*threat.room.interval(x)), moved - x, count)
+        return reading, state.moved(z, count, count, best)
 
 
 @register(
     paper="Rony et al. 2019, arXiv 1811.09600", threats=("l2",), kind="smallest", cost="steps forwards and backwards, 1 forward to judge"
 )
-def ddn(steps: int = 100, gamma: float = 0.05, threat: Projects | None = None, objective: Objective = cross_entropy) -> Attack:
+def ddn(steps: int = 100, gamma: float = 0.05, threat: Projects | None = None, objective: Objective | None = None) -> Attack:
     """Decoupled direction and norm: the direction follows the gradient, the norm follows success. Smallest L2 change.
 
     z <- P(x + r * u / ||u||), u = z - x + a * g / ||g||; r <- (1 - gamma) r at a success, (1 + gamma) r elsewhere; a falls from 1
@@ -160,11 +282,12 @@ def ddn(steps: int = 100, gamma: float = 0.05, threat: Projects | None = None, o
     0.01 is coarse where the boundary is near.
 
     Args:
-        steps: looks. gamma: share by which the radius moves.
+        steps: looks. gamma: share by which the radius moves. objective: what is climbed; None is `soft_margin`, ever sharper. The
+            paper's cross-entropy pulls toward all near classes at once to the end, and saturates.
     """
     if not 0 < gamma < 1:
         raise BadInput(f"gamma: {gamma}: must be between 0 and 1")
-    return Attack("ddn", threat or L2(), objective, DecoupledNorm(gamma), steps, smallest=True)
+    return Attack("ddn", threat or L2(), objective or margin, DecoupledNorm(objective is None, gamma), steps, smallest=True)
 
 
 @register(
@@ -173,51 +296,44 @@ def ddn(steps: int = 100, gamma: float = 0.05, threat: Projects | None = None, o
     kind="smallest",
     cost="steps forwards and backwards, 1 forward to judge",
 )
-def fmn(steps: int = 100, gamma: float = 0.05, step: float = 1.0, threat: Projects | None = None, objective: Objective = margin) -> Attack:
+def fmn(
+    steps: int = 100,
+    gamma: float | None = None,
+    step: float | None = None,
+    threat: Projects | None = None,
+    objective: Objective | None = None,
+) -> Attack:
     """Fast minimum norm: the boundary distance by linear approximation, then a radius that adapts to success. L0, L1, L2, Linf.
 
-    The dual norm of the paper is the slope along the threat's own steepest feasible direction, so features at the edge of
-    the box do not count. Projections are exact onto ball and box together; the released code clips after projecting. The first
-    radius goes a share gamma past the approximate boundary (the paper's own only touches it: on a linear model it never
-    succeeds), and steps scale with the distance where that is below the width of the box.
+    Differs from the paper, for smaller changes at equal cost: all rival classes are climbed before the best one alone
+    (`soft_margin`); Linf steps follow the sign of the gradient, as small gradients matter as much there; before a first success
+    the change is stretched to the radius, which gets out of flat regions, and L0 counts grow by half; a radius never exceeds
+    the smallest success. The first radius goes a share gamma past the approximate boundary (the paper's own only touches it: on
+    a linear model it never succeeds), and steps scale with the radius where that is below the width of the box.
 
     Args:
-        steps: looks. gamma: first share by which the radius moves, 0.001 at the end. step: first step, L2, in box widths.
+        steps: looks. gamma: first share by which the radius moves, 0.001 at the end; None is 0.05, under L0 0.3. step: first step,
+            in box widths; None is 1, under L0 2. objective: what is climbed; None is `soft_margin`, ever sharper.
     """
+    threat = threat or L2()
+    counts = isinstance(threat, L0)
+    gamma, step = (0.3 if counts else 0.05) if gamma is None else gamma, (2.0 if counts else 1.0) if step is None else step
     if not 0 < gamma < 1:
         raise BadInput(f"gamma: {gamma}: must be between 0 and 1")
-    threat = threat or L2()
-    return Attack("fmn", threat, objective, AdaptiveNorm(isinstance(threat, L0), gamma, step_size=step), steps, smallest=True)
+    search = (AdaptiveCount if counts else AdaptiveNorm)(objective is None, gamma, step_size=step)
+    return Attack("fmn", threat, objective or margin, search, steps, smallest=True)
 
 
-# What the searches over a constant share (C&W, EAD, L-BFGS): rounds, a bisection and looks, all per sample.
-
-
-def look(problem: Problem, z: Tensor, awake: Tensor, last: Reading | None, gradient: Gradient) -> Reading:
-    """A reading at z of the samples `awake` (B,); the others keep their last one and cost nothing."""
-    rows = awake.nonzero().squeeze(1)
-    if last is None or len(rows) == len(z):
-        return gradient(problem, z)
-    if not len(rows):
-        return last
-    part = gradient(problem.take(rows), z[rows])
-    fields = ("z", "x_adv", "output", "score", "gradient")
-    return Reading(**{name: getattr(last, name).index_copy(0, rows, getattr(part, name)) for name in fields})
-
-
-def at_rest(problem: Problem) -> Reading:
-    """The clean input and its known answer: what a search has to show that is over."""
-    clean = problem.objective(problem, problem.x, problem.x, problem.clean)
-    return Reading(problem.x, problem.x, problem.clean, clean)
+# What the searches over a constant share (C&W, EAD, L-BFGS): rounds and a bisection, all per sample.
 
 
 def offered(problem: Problem, reading: Reading, success: Tensor) -> Reading:
     """What `run` may keep: successes (B,), and answers that are no numbers; the clean input elsewhere, so that a failure returns it."""
     shown = success | ~valid(reading.output)
     wide, flat = per_sample(shown, reading.z) > 0, shown[:, None]
-    clean = at_rest(problem)
-    z = torch.where(wide, reading.z, clean.z)
-    return Reading(z, z, torch.where(flat, reading.output, clean.output), torch.where(shown, reading.score, clean.score))
+    score = problem.objective(problem, problem.x, problem.x, problem.clean)
+    z = torch.where(wide, reading.z, problem.x)
+    return Reading(z, z, torch.where(flat, reading.output, problem.clean), torch.where(shown, reading.score, score))
 
 
 def first_weight(reading: Reading) -> Tensor:

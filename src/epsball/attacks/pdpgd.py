@@ -8,9 +8,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from epsball.attacks.minimal import level, limits
 from epsball.attacks.registry import register
 from epsball.core import Attack, Gradient, Problem, Projects, Reading, autograd
 from epsball.core.rows import per_sample
+from epsball.core.rule import lengths
 from epsball.errors import BadInput
 from epsball.objectives import margin
 from epsball.threats import L1, L2, Linf
@@ -86,11 +88,11 @@ class PrimalDual:
         """One look, one primal step, one dual step."""
         reading, looks = self.gradient(problem, state.z), state.looks + 1
         push = torch.nan_to_num(reading.gradient, nan=0.0, posinf=0.0, neginf=0.0)
-        gradient = -per_sample(torch.sigmoid(-torch.nan_to_num(reading.score)), push) * push
-        first, second = 0.9 * state.first + 0.1 * gradient, 0.999 * state.second + 0.001 * gradient.square()
-        metric = (second / (1 - 0.999**looks)).sqrt() + 1e-8
+        gradient = push.mul_(-per_sample(torch.sigmoid(-torch.nan_to_num(reading.score)), push))
+        first, second = torch.lerp(state.first, gradient, 0.1), (0.999 * state.second).addcmul_(gradient, gradient, value=0.001)
+        metric = second.sqrt().div_(math.sqrt(1 - 0.999**looks)).add_(1e-8)
         rate = self.step_size * self.last ** (state.looks / state.steps)
-        change = self._inside(problem, state.change - rate * first / (1 - 0.9**looks) / metric)
+        change = self._inside(problem, torch.addcdiv(state.change, first, metric, value=-rate / (1 - 0.9**looks)))
         change = self._proximal(problem, change, metric, rate * state.share / (1 - state.share))
         left = (state.steps - looks) / max(state.steps - 1, 1)
         dual_rate = self.dual_step * (left * (1 - self.dual_last) + self.dual_last)
@@ -105,39 +107,24 @@ class PrimalDual:
         largest = metric.flatten(1).amax(1)
         scaled, amount, y = metric / per_sample(largest, metric), weight / largest, change
         for _ in range(self.inner):
-            y = self._inside(problem, shrunk(problem.threat, y - scaled * (y - change), amount))
+            y = self._inside(problem, shrunk(problem.threat, torch.addcmul(y, scaled, y - change, value=-1), amount))
         return y
 
     def _inside(self, problem: Problem, change: Tensor) -> Tensor:
-        low, high = problem.threat.room.interval(problem.x)  # type: ignore[attr-defined]
-        return (problem.x + change).clamp(low, high) - problem.x
+        """In place: `change` as far as the box allows."""
+        low, high = limits(problem)
+        return change.add_(problem.x).clamp_(low, high).sub_(problem.x)
 
 
 def shrunk(threat: Projects, change: Tensor, amount: Tensor) -> Tensor:
     """The proximal map of amount (B,) * norm: cut toward 0 (L1), shortened (L2), clipped so that `amount` is cut off in all (Linf)."""
-    wide, flat = per_sample(amount, change), change.flatten(1)
+    wide = per_sample(amount, change)
     if isinstance(threat, L1):
-        return change.sign() * (change.abs() - wide).clamp(min=0)
+        return change - change.clamp(-wide, wide)
     if isinstance(threat, L2):
-        length = per_sample(torch.linalg.vector_norm(flat, 2, dim=1), change)
+        length = per_sample(lengths(change, 2), change)
         return change * (1 - wide / length.clamp(min=1e-30)).clamp(min=0)
     if isinstance(threat, Linf):
-        level = _level(flat.abs(), amount.to(flat)).reshape(wide.shape)
-        return change.clamp(-level, level)
+        most = level(change.abs(), wide)
+        return change.clamp(-most, most)
     raise BadInput(f"threat '{threat.name}': has no proximal map here: use linf, l2 or l1")
-
-
-def _level(long: Tensor, amount: Tensor) -> Tensor:
-    """(B,): the level that cuts `amount` off in all from `long` (B, F); 0 if there is less than that (Moreau, L1 ball).
-
-    As if all were cut, then without those that lie below the level, until none does (Michelot 1986): sums instead of a sort.
-    """
-    cut, highest = torch.ones_like(long, dtype=torch.bool), long.amax(1)
-    level = highest
-    for _ in range(long.shape[1]):
-        level = torch.minimum((long.masked_fill(~cut, 0.0).sum(1) - amount) / cut.sum(1), highest)
-        now = cut & (long >= level[:, None])
-        if bool((now == cut).all()):
-            break
-        cut = now
-    return level.clamp(min=0)

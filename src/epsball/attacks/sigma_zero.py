@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from epsball.attacks.minimal import offered
+from epsball.attacks.minimal import limits, offered
 from epsball.attacks.registry import register
 from epsball.core import Attack, Gradient, Problem, Projects, Reading, autograd
 from epsball.core.rows import per_sample
@@ -58,6 +58,7 @@ class _Count:
     first: Tensor
     second: Tensor
     threshold: Tensor
+    tight: bool  # some radius is below what the box allows
     looks: int
     steps: int
 
@@ -76,32 +77,30 @@ class SmoothCount:
         """No change."""
         z = problem.threat.start(problem.x, problem.radius, None, problem.ids)
         zero = torch.zeros_like(z)
-        return _Count(z, zero, zero, zero, torch.full_like(problem.radius, self.threshold), 0, steps)
+        tight = bool((problem.radius < problem.threat.reach(problem.x)).any())
+        return _Count(z, zero, zero, zero, torch.full_like(problem.radius, self.threshold), tight, 0, steps)
 
     def step(self, problem: Problem, state: _Count) -> tuple[Reading, _Count]:
         """One look, one step of Adam, one cut."""
-        reading = self.gradient(problem, state.z)
-        change, looks = state.change, state.looks + 1
-        behind = per_sample(reading.score < 0, change)
-        squares = _together(problem.threat, change.square())
-        smooth = 2 * self.sigma * change / (squares + self.sigma).square() / change[0].numel()
-        gradient = normalized(smooth - behind * torch.nan_to_num(reading.gradient, nan=0.0, posinf=0.0, neginf=0.0), torch.inf)
-        first, second = 0.9 * state.first + 0.1 * gradient, 0.999 * state.second + 0.001 * gradient.square()
-        direction = first / (1 - 0.9**looks) / ((second / (1 - 0.999**looks)).sqrt() + 1e-8)
+        reading, x, looks = self.gradient(problem, state.z), problem.x, state.looks + 1
+        push = torch.nan_to_num(reading.gradient, nan=0.0, posinf=0.0, neginf=0.0)
+        squares = _together(problem.threat, state.change.square())
+        smooth = (state.change * (2 * self.sigma / x[0].numel())).div_((squares + self.sigma).square_())
+        gradient = normalized(smooth.addcmul_(push, per_sample(reading.score < 0, push), value=-1), torch.inf)
+        first, second = torch.lerp(state.first, gradient, 0.1), (0.999 * state.second).addcmul_(gradient, gradient, value=0.001)
         rate = self.step_size * (0.1 + 0.9 * (1 + math.cos(math.pi * (looks - 1) / state.steps)) / 2)
-        low, high = problem.threat.room.interval(problem.x)  # type: ignore[attr-defined]
-        change = (problem.x + change - rate * direction).clamp(low, high) - problem.x
-        reached = problem.goal.reached(reading.output)
-        threshold = (state.threshold + self.adapt * rate * torch.where(reached, 1.0, -1.0)).clamp(0, 1)
-        large = _together(problem.threat, change.square()).sqrt() >= per_sample(threshold, change)
-        change = torch.where(large, change, torch.zeros_like(change))
-        # The count falls toward the radius from above: looks at the changes themselves, and only the last is cut to the radius.
-        limit = problem.radius if looks == state.steps else torch.full_like(problem.radius, torch.inf)
-        z = problem.threat.project(problem.x, torch.where(change != 0, problem.x + change, problem.x), limit)
-        inside = problem.threat.size(problem.x, state.z) <= problem.radius
-        return offered(problem, reading, inside), replace(
-            state, z=z, change=change, first=first, second=second, threshold=threshold, looks=looks
-        )
+        metric = second.sqrt().div_(math.sqrt(1 - 0.999**looks)).add_(1e-8)
+        low, high = limits(problem)
+        change = torch.addcdiv(state.change, first, metric, value=-rate / (1 - 0.9**looks)).add_(x).clamp_(low, high).sub_(x)
+        turn = torch.where(problem.goal.reached(reading.output), self.adapt * rate, -self.adapt * rate)
+        threshold = (state.threshold + turn).clamp(0, 1)
+        change.mul_(_together(problem.threat, change.square()) >= per_sample(threshold, change).square())
+        z = (x + change).clamp_(low, high)
+        if state.tight:
+            # The count falls toward the radius from above: looks at the changes themselves, and only the last is cut to the radius.
+            z = problem.threat.project(x, z, problem.radius) if looks == state.steps else z
+            reading = offered(problem, reading, problem.threat.size(x, state.z) <= problem.radius)
+        return reading, _Count(z, change, first, second, threshold, state.tight, looks, state.steps)
 
 
 def _together(threat: Projects, squares: Tensor) -> Tensor:

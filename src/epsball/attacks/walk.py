@@ -11,7 +11,8 @@ from torch import Tensor
 from epsball.core import Aimed, Goal, Problem, Reading, Targeted, Untargeted, valid
 from epsball.core.gradient import logit_gradients
 from epsball.core.problem import same_rows
-from epsball.core.rows import per_sample, take
+from epsball.core.rows import take
+from epsball.core.rule import lengths
 from epsball.core.victim import Tally
 from epsball.errors import BadInput
 
@@ -63,7 +64,7 @@ def look(problem: Problem, trail: Trail) -> tuple[Reading, Trail, Tensor]:
 class UntilReached:
     """Moves each sample until its goal is reached, its answer is no number, or it no longer moves.
 
-    Cost: 1 forward row and that of the move per step a sample needs; 1 forward row to judge its last point.
+    Cost: 1 forward row and that of the move per step a sample needs; 1 forward row to judge a walk that the steps cut short.
     """
 
     move: Move
@@ -73,17 +74,16 @@ class UntilReached:
         return begin(problem, self.move.start(problem))
 
     def step(self, problem: Problem, state: Trail) -> tuple[Reading, Trail]:
-        """Look; those that have arrived stay, the others move."""
-        reading, trail, rows = look(problem, state)
-        done = problem.goal.reached(trail.output) | ~valid(trail.output)
-        rows = (trail.walking & ~done).nonzero().squeeze(1)
-        walking = torch.zeros_like(trail.walking)
-        if not len(rows):
-            return reading, replace(trail, walking=walking)
-        part, memory = same_rows(problem, trail.walking & ~done), take(trail.memory, rows)
-        z, memory = self.move.go(part, trail.z[rows], trail.output[rows], memory)
-        walking[rows] = (z != trail.z[rows]).flatten(1).any(1)
-        return reading, replace(trail, z=trail.z.index_copy(0, rows, z), walking=walking, memory=_put(trail.memory, rows, memory))
+        """Look; those that have arrived leave, the others move."""
+        reading, trail, _ = look(problem, state)
+        over = problem.goal.reached(trail.output) | ~valid(trail.output)
+        rows = (~over).nonzero().squeeze(1)
+        if len(rows):
+            part, memory = same_rows(problem, ~over), take(trail.memory, rows)
+            z, memory = self.move.go(part, trail.z[rows], trail.output[rows], memory)
+            over = over.index_copy(0, rows, (z == trail.z[rows]).flatten(1).all(1))
+            trail = replace(trail, z=trail.z.index_copy(0, rows, z), memory=_put(trail.memory, rows, memory))
+        return replace(reading, over=over), trail
 
 
 def _put(tree: Any, rows: Tensor, part: Any) -> Any:
@@ -106,12 +106,6 @@ class Plane:
     slope: Tensor
     distance: Tensor
     distances: Tensor
-
-
-def dual_norm(slope: Tensor, q: float) -> Tensor:
-    """(B,): the most that <slope, change> can be over changes whose p-norm is 1, 1/p + 1/q = 1. In float64: squares underflow."""
-    length: Tensor = torch.linalg.vector_norm(slope.flatten(1), q, dim=1, dtype=torch.float64)
-    return length.to(slope.dtype)
 
 
 def may_change(problem: Problem) -> Tensor:
@@ -154,17 +148,17 @@ def nearest_plane(problem: Problem, z: Tensor, own: Tensor, others: Tensor, q: f
     Cost: 1 forward and K backward rows per sample, one slope held at a time.
     """
 
-    def nearest(at: Tensor, stuck: Tensor, mine: Tensor, theirs: Tensor, books: Tally) -> Plane:
+    def nearest(at: Tensor, free: Tensor, mine: Tensor, theirs: Tensor, books: Tally) -> Plane:
         _, values, slopes = logit_gradients(problem.victim, at, books, lambda o: o.gather(1, theirs) - o.gather(1, mine[:, None]))
         value, slope, least, far = values[:, 0], torch.zeros_like(at), torch.full_like(values[:, 0], torch.inf), []
         for column, raw in zip(values.unbind(1), slopes, strict=True):
-            steep = torch.nan_to_num(raw, nan=0.0, posinf=0.0, neginf=0.0).masked_fill_(stuck, 0.0)
-            size = dual_norm(steep, q)
+            steep = torch.nan_to_num(raw, nan=0.0, posinf=0.0, neginf=0.0).mul_(free)
+            size = lengths(steep, q)
             far.append(torch.where(size > 0, column.abs() / size, torch.inf))
             win = far[-1] < least
-            value, least = torch.where(win, column, value), torch.where(win, far[-1], least)
-            slope = torch.where(per_sample(win, steep) > 0, steep, slope)
+            value, least, rows = torch.where(win, column, value), torch.where(win, far[-1], least), win.nonzero().squeeze(1)
+            slope.index_copy_(0, rows, steep[rows])
         return Plane(value, slope, least, torch.stack(far, 1))
 
-    plane: Plane = problem.victim.split(nearest, z, ~may_change(problem), own, others, problem.tally)
+    plane: Plane = problem.victim.split(nearest, z, may_change(problem), own, others, problem.tally)
     return plane

@@ -29,7 +29,7 @@ def autograd(problem: Problem, z: Z) -> Reading:
             else:
                 gradient = None
         gradient = torch.zeros_like(leaf) if gradient is None else gradient
-        return Reading(z_part, x_adv.detach(), output.detach(), score.detach(), gradient)
+        return Reading(z_part, z_part if x_adv is leaf else x_adv.detach(), output.detach(), score.detach(), gradient)
 
     with problem.victim:
         reading: Reading = problem.victim.split(read, problem, z)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 import torch
@@ -9,7 +10,6 @@ from torch import Tensor
 
 from epsball.core.goal import valid
 from epsball.core.problem import Problem, Reading
-from epsball.core.rows import per_sample
 
 
 @dataclass(frozen=True)
@@ -43,8 +43,10 @@ class Best:
 
     def __init__(self, problem: Problem, smallest: bool) -> None:
         self.smallest = smallest
-        self.x_adv = problem.x.clone()
         self.z = problem.threat.start(problem.x, problem.radius, None, problem.ids)
+        # Where the variable is the input itself, one memory serves both.
+        one = self.z[:1]
+        self.x_adv = self.z if problem.threat.apply(problem.x[:1], one) is one else problem.x.clone()
         self.reached = problem.goal.reached(problem.clean)
         self.invalid = ~valid(problem.clean)
         self.size = torch.zeros_like(problem.radius)
@@ -53,38 +55,38 @@ class Best:
 
     def update(self, rows: Tensor, problem: Problem, reading: Reading) -> Tensor:
         """Judges one reading of the samples `rows` (B',); returns (B',) bool: reached, now or earlier."""
-        fine = valid(reading.output)
-        hit = problem.goal.reached(reading.output) & fine
-        score = torch.where(fine, torch.nan_to_num(reading.score, nan=-torch.inf), torch.full_like(reading.score, -torch.inf))
-        had, old = self.reached[rows], self.score[rows]
-        better = (hit & ~had) | ((hit == had) & (score > old))
-        size, wild = None, ~fine
-        if bool((hit | wild).any()):
+        whole = len(rows) == len(self.reached)  # nobody has left yet: nothing to gather
+        had, old, least = (known if whole else known[rows] for known in (self.reached, self.score, self.size))
+        hit, score = problem.goal.reached(reading.output), reading.score
+        odd = not math.isfinite(float(reading.output.sum() + score.sum()))
+        if odd:
+            wild = ~valid(reading.output)
+            hit, score = hit & ~wild, torch.nan_to_num(score, nan=-torch.inf).masked_fill(wild, -torch.inf)
+        better, size = (hit & ~had) | ((hit == had) & (score > old)), torch.full_like(least, torch.nan)  # measured at the end, once
+        if odd or bool(hit.any()):
             # Only these need their size now: a point outside the budget is no success, and no number there is no fault, whoever
             # proposed it.
-            size = problem.threat.size(problem.x, reading.z)
-            legal = size <= problem.radius
-            hit, better, wild = hit & legal, better & (legal | ~hit), wild & legal
+            exact = problem.threat.size(problem.x, reading.z)
+            legal = exact <= problem.radius
+            better, hit = better & (legal | ~hit), hit & legal
             if self.smallest:
-                better = (hit & (~had | (size < self.size[rows]))) | (~hit & ~had & better)
-        self._store(rows, problem, reading, better, hit, score, size)
-        self.invalid[rows] |= wild
-        return self.reached[rows]
+                better = (hit & (~had | (exact < least))) | (~hit & ~had & better)
+            size = torch.where(hit, exact, torch.nan)
+            if odd:
+                self.invalid[rows] |= wild & legal
+        self._store(rows, reading, better.nonzero().squeeze(1))
+        fresh = (had | hit, torch.where(better, score.to(old), old), torch.where(better, size, least))
+        self.reached, self.score, self.size = (
+            new if whole else known.index_copy(0, rows, new)
+            for known, new in zip((self.reached, self.score, self.size), fresh, strict=True)
+        )
+        return fresh[0]
 
-    def _store(
-        self, rows: Tensor, problem: Problem, reading: Reading, better: Tensor, hit: Tensor, score: Tensor, size: Tensor | None
-    ) -> None:
-        if len(rows) == len(self.x_adv):  # nobody dropped yet: no gather needed
-            torch.where(per_sample(better, self.x_adv) > 0, reading.x_adv, self.x_adv, out=self.x_adv)
-            torch.where(per_sample(better, self.z) > 0, reading.z, self.z, out=self.z)
-        elif bool(better.any()):
-            self.x_adv[rows[better]], self.z[rows[better]] = reading.x_adv[better], reading.z[better]
-        self.score[rows] = torch.where(better, score, self.score[rows])
-        if size is None:
-            self.size[rows[better]] = torch.nan  # measured at the end, once
-        else:
-            self.size[rows] = torch.where(better, torch.where(hit, size, torch.nan), self.size[rows])
-        self.reached[rows] |= hit
+    def _store(self, rows: Tensor, reading: Reading, better: Tensor) -> None:
+        if len(better):
+            self.z.index_copy_(0, rows[better], reading.z[better])
+            if self.x_adv is not self.z:
+                self.x_adv.index_copy_(0, rows[better], reading.x_adv[better])
 
     def outcome(self, problem: Problem, steps: int) -> Outcome:
         """The result; sizes that were put off are measured now, on the stored inputs themselves."""

@@ -21,13 +21,17 @@ Objective = Callable[["Problem", Z, Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Reading:
-    """One look at the model from z: what was asked, the answer, its score, and the gradient of the score by z if taken."""
+    """One look at the model from z: what was asked, the answer, its score, and the gradient of the score by z if taken.
+
+    `over` (B,) bool marks samples whose search ends with this look: `run` lets them go, and nothing is asked for them again.
+    """
 
     z: Z
     x_adv: Tensor
     output: Tensor
     score: Tensor
     gradient: Z = None
+    over: Tensor | None = None
 
 
 @dataclass(frozen=True)

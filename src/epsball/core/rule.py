@@ -25,13 +25,44 @@ class Rule(Protocol):
         """The direction, and the memory for the next step."""
 
 
+def lengths(values: Tensor, p: float) -> Tensor:
+    """(B,) p-norms of rows, p 1, 2 or inf, in their own precision: quick, and in float64 only where squares would under- or overflow."""
+    flat = values.flatten(1)
+    if p != 2:
+        return flat.abs().amax(1) if p == torch.inf else flat.abs().sum(1)
+    length: Tensor = torch.linalg.vector_norm(flat, 2, dim=1)
+    tiny = torch.finfo(length.dtype).tiny ** 0.4
+    if _within(length, tiny, 1 / tiny):
+        return length
+    odd = (~((length > tiny) & (length < 1 / tiny))).nonzero().squeeze(1)
+    return length.index_copy(0, odd, torch.linalg.vector_norm(flat[odd].double(), 2, dim=1).to(length.dtype))
+
+
+def _within(length: Tensor, low: float, high: float) -> bool:
+    """Every entry strictly between the two; NaN is not."""
+    if not len(length):
+        return True
+    least, most = torch.aminmax(length)
+    return low < float(least) and float(most) < high
+
+
+def unit(values: Tensor, p: float) -> tuple[Tensor, Tensor]:
+    """Rows of p-norm 1, and the norms (B,) they had; rows of zeros stay zeros, non-finite entries count as zero."""
+    length = lengths(values, p)
+    rows = values / per_sample(length, values)
+    if _within(length, 0.0, torch.inf):
+        return rows, length
+    odd = (~((length > 0) & (length < torch.inf))).nonzero().squeeze(1)
+    part, whole = torch.nan_to_num(values[odd], nan=0.0, posinf=0.0, neginf=0.0), torch.ones_like(length[odd])
+    for order in (torch.inf, p):
+        scale = lengths(part, order)
+        part, whole = part / per_sample(torch.where(scale > 0, scale, 1.0), part), whole * scale
+    return rows.index_copy(0, odd, part), length.index_copy(0, odd, whole)
+
+
 def normalized(values: Tensor, p: float) -> Tensor:
     """Rows of p-norm 1; rows of zeros stay zeros, non-finite entries count as zero."""
-    flat = torch.nan_to_num(values, nan=0.0, posinf=0.0, neginf=0.0)
-    scale = flat.flatten(1).abs().amax(1)
-    flat = flat / per_sample(torch.where(scale > 0, scale, torch.ones_like(scale)), flat)
-    length = torch.linalg.vector_norm(flat.flatten(1), p, dim=1)
-    return flat / per_sample(torch.where(length > 0, length, torch.ones_like(length)), flat)
+    return unit(values, p)[0]
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,9 @@ def run(
         drop: take a sample out of the batch once its goal is reached (never in a search for the smallest change).
         watch: called with (step, steps, samples left) once a step.
 
-    Cost: that of the strategy's step for every sample still searched, and one forward row to judge the last iterate.
+    A sample also leaves the batch when its strategy says that its search is over.
+
+    Cost: that of the strategy's step for every sample still searched, and one forward row to judge the last iterate of those left.
     """
     best = Best(problem, smallest)
     with problem.victim, torch.no_grad():
@@ -37,8 +39,10 @@ def run(
                 watch(step, steps, len(alive))
             reading, state = strategy.step(part, state)
             done = best.update(alive, part, reading)
-            if drop and not smallest and bool(done.any()):
-                keep = ~done
+            gone = done if drop and not smallest else torch.zeros_like(done)
+            gone = gone if reading.over is None else gone | reading.over
+            if bool(gone.any()):
+                keep = ~gone
                 part, state, alive = same_rows(part, keep), take(state, keep.nonzero().squeeze(1)), alive[keep]
         if len(alive) and state is not None:
             best.update(alive, part, part.judge(state.z))

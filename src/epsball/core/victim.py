@@ -186,7 +186,7 @@ class Victim:
         while start < n or not parts:
             rows = slice(start, min(n, start + (self.batch_size or max(n, 1))))
             try:
-                parts.append(function(*(take(tree, rows) for tree in trees)))
+                parts.append(function(*(trees if rows == slice(0, n) else (take(tree, rows) for tree in trees))))
                 start = max(rows.stop, 1)
                 continue
             except (torch.OutOfMemoryError, RuntimeError) as error:

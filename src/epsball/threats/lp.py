@@ -46,10 +46,9 @@ class Room:
 
     def interval(self, x: Tensor, radius: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """(low, high) of every feature of x (B, ...), in its dtype; with `radius` (B,) also cut to the Linf ball."""
-        known = self.memo.get("interval", (x,) if radius is None else (x, radius))
-        if known is None:
-            known = self.memo.put("interval", (x,) if radius is None else (x, radius), self._interval(x, radius))
-        return known[0], known[1]
+        if radius is None:
+            return self.memo.get("box", (x,), lambda: self._interval(x, None))
+        return self.memo.get("ball", (x, radius), lambda: self._interval(x, radius))
 
     def _interval(self, x: Tensor, radius: Tensor | None) -> tuple[Tensor, Tensor]:
         exact = x.double()
@@ -69,13 +68,22 @@ class Room:
     def free(self, x: Tensor, z: Tensor, gradient: Tensor) -> Tensor:
         """The gradient without the features that stand at their bound and are pushed outward."""
         low, high = self.interval(x)
-        stuck = ((z >= high) & (gradient > 0)) | ((z <= low) & (gradient < 0))
-        return gradient.masked_fill(stuck, 0.0)
+        return gradient.clamp(min=0.0) * (z < high) + gradient.clamp(max=0.0) * (z > low)
 
     def farthest(self, x: Tensor) -> Tensor:
         """The corner of the intervals that is farthest from x."""
         low, high = self.interval(x)
         return torch.where(high - x > x - low, high, low)
+
+    def change(self, x: Tensor, z: Tensor) -> Tensor:
+        """The change as it will be measured: float64 (B, F), a tensor of its own."""
+        if x.dtype is torch.float64:
+            return (z.double() - x).flatten(1)
+        return z.double().sub_(self.memo.get("exact", (x,), x.double)).flatten(1)
+
+
+Fit = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+"""(wanted change (R, F), its bounds low <= 0 <= high (R, F), radius (R, 1)) -> the nearest change in ball and bounds, in that precision."""
 
 
 def _toward(x: Tensor, change: Tensor) -> Tensor:
@@ -86,24 +94,79 @@ def _toward(x: Tensor, change: Tensor) -> Tensor:
     return torch.where(outside, torch.nextafter(z, x), z)
 
 
-def _nearest(x: Tensor, boxed: Tensor, z: Tensor, interval: tuple[Tensor, Tensor], rows: Tensor, solve: Solver) -> Tensor:
-    """`boxed`, with `rows` replaced by x + solve(wanted change (R, F), space in its direction (R, F)), all in float64."""
+def _fitted(threat: L1 | L2, x: Tensor, z: Tensor, radius: Tensor, fit: Fit) -> Tensor:
+    """The nearest legal point: `fit` in the precision of x, and in float64, rounded inward, where that comes out too long."""
+    interval = threat.room.interval(x)
+    boxed = z.clamp(*interval)
+    if threat.room.memo.get("all", (x, radius), lambda: bool((threat.reach(x) <= radius).all())):
+        return boxed
+    rows = (threat.size(x, boxed) > radius).nonzero().squeeze(1)
+    if not len(rows):
+        return boxed
     few = len(rows) < len(x)
-    x_rows, z_rows, low, high = (t[rows] if few else t for t in (x, z, *interval))
-    exact = x_rows.double()
-    wanted = z_rows.double() - exact
-    space = torch.where(wanted > 0, high.double() - exact, exact - low.double())
-    # x + (high - x) can round past high in float64, hence the clamp.
-    result = _toward(x_rows, solve(wanted.flatten(1), space.flatten(1)).reshape(x_rows.shape)).clamp(low, high)
-    return boxed.index_copy(0, rows, result) if few else result
+    x, z, low, high, most = (t[rows] if few else t for t in (x, z, *interval, radius))
+
+    def near(working: torch.dtype, guard: float) -> Tensor:
+        start = x.to(working)
+        wanted, least, greatest = ((end.to(working) - start).flatten(1) for end in (z, low, high))
+        return fit(wanted, least, greatest, (guard * most)[:, None].to(working)).reshape(x.shape)
+
+    working = torch.promote_types(x.dtype, torch.float32)
+    quick = (x + near(working, 1 - 8 * torch.finfo(working).eps)).to(x.dtype).clamp(low, high)
+    long = (~(threat.size(x, quick) <= most)).nonzero().squeeze(1)
+    if len(long):
+        x, z, low, high, most = (t[long] for t in (x, z, low, high, most))
+        quick = quick.index_copy(0, long, _toward(x, near(torch.float64, _GUARD)).clamp(low, high))
+    return boxed.index_copy(0, rows, quick) if few else quick
 
 
-Solver = Callable[[Tensor, Tensor], Tensor]
+def _fit_l2(wanted: Tensor, low: Tensor, high: Tensor, radius: Tensor) -> Tensor:
+    """clip(t * wanted), t the largest that fits.
+
+    With s = t^2 the squared length is concave and piecewise linear in s, so Newton's iteration from below ends after finitely
+    many steps, usually two or three.
+    """
+    squares, most = wanted.square(), radius.square()
+    s = most / squares.sum(1, keepdim=True)
+    for _ in range(wanted.shape[1] + 1):
+        scaled = s.sqrt() * wanted
+        change = scaled.clamp(low, high)
+        slope = (squares * (change == scaled)).sum(1, keepdim=True)
+        further = s + (most - change.square().sum(1, keepdim=True)) / slope
+        onward = further > s * (1 + 2 * torch.finfo(s.dtype).eps)
+        if not bool(onward.any()):
+            break
+        s = torch.where(onward, further, s)
+    return change
 
 
-def _change(x: Tensor, z: Tensor) -> Tensor:
-    """The change as it will be measured: float64 (B, F)."""
-    return (z.double() - x.double()).flatten(1)
+def _fit_l1(wanted: Tensor, low: Tensor, high: Tensor, radius: Tensor) -> Tensor:
+    """clip(wanted cut toward 0 by t), t the smallest that fits: the length is piecewise linear in t.
+
+    Its kinks are where a feature starts (|wanted|) and stops (|wanted| - space) growing as t falls: sort, sum, read off.
+    """
+    long, space = wanted.abs(), torch.where(wanted > 0, high, -low)
+    kinks, order = torch.cat([long, (long - space).clamp(min=0.0)], 1).sort(1, descending=True)
+    growing = torch.where(order < long.shape[1], 1.0, -1.0).to(long).cumsum(1)
+    lengths = torch.nn.functional.pad((growing * -kinks.diff(dim=1, append=torch.zeros_like(kinks[:, :1]))).cumsum(1), (1, 0))
+    last = (torch.searchsorted(lengths, radius, right=False) - 1).clamp(0, kinks.shape[1] - 1)
+    missing = (radius - lengths.gather(1, last)).clamp(min=0.0)
+    shift = kinks.gather(1, last) - missing / growing.gather(1, last).clamp(min=1.0)
+    change = torch.minimum((long - shift).clamp(min=0.0), space)
+    # Far outside the ball long - shift keeps few digits: whatever rounding added is scaled away.
+    return wanted.sign() * change * (radius / change.sum(1, keepdim=True).clamp(min=1e-300)).clamp(max=1.0)
+
+
+def _ranked(values: Tensor, count: Tensor) -> Tensor:
+    """(B, 1): the count-th largest of each row of `values` (B, P), count (B,) at least 1, else the largest."""
+    cheap = max(1, values.shape[1] // 64)  # `topk` sorts a heap up to here, and whole rows from here on
+    most = int(count.amax())
+    top = values.topk(min(max(most, 1), cheap), dim=1).values
+    ranked = top.gather(1, (count[:, None] - 1).clamp(0, top.shape[1] - 1))
+    rows = (count > cheap).nonzero().squeeze(1)
+    if not len(rows):
+        return ranked
+    return ranked.index_copy(0, rows, values[rows].topk(most, dim=1).values.gather(1, count[rows, None] - 1))
 
 
 @dataclass(frozen=True, eq=False)
@@ -129,7 +192,7 @@ class Linf:
 
     def size(self, x: Tensor, z: Tensor) -> Tensor:
         """Largest absolute change."""
-        return _change(x, z).abs().amax(1)
+        return self.room.change(x, z).abs_().amax(1)
 
     def project(self, x: Tensor, z: Tensor, radius: Tensor) -> Tensor:
         """Clips each feature to its interval."""
@@ -169,37 +232,12 @@ class L2:
 
     def size(self, x: Tensor, z: Tensor) -> Tensor:
         """Euclidean length of the change."""
-        length: Tensor = torch.linalg.vector_norm(_change(x, z), 2, dim=1)
+        length: Tensor = torch.linalg.vector_norm(self.room.change(x, z), 2, dim=1)
         return length
 
     def project(self, x: Tensor, z: Tensor, radius: Tensor) -> Tensor:
-        """Exact: the change is min(space, t * |wanted|) per feature, t the largest that fits.
-
-        With s = t^2 the squared length is concave and piecewise linear in s, so Newton's iteration from below ends
-        after finitely many steps, usually two or three.
-        """
-        interval = self.room.interval(x)
-        boxed = z.clamp(*interval)
-        rows = (self.size(x, boxed) > radius).nonzero().squeeze(1)
-        if not len(rows):
-            return boxed
-        target = (radius[rows] * _GUARD).square()[:, None]
-
-        def solve(wanted: Tensor, space: Tensor) -> Tensor:
-            squares, limits = wanted.square(), space.square()
-            s = target / squares.sum(1, keepdim=True)
-            full = limits <= s * squares
-            for _ in range(wanted.shape[1] + 1):
-                rest = squares.masked_fill(full, 0.0).sum(1, keepdim=True)
-                left = (target - limits.masked_fill(~full, 0.0).sum(1, keepdim=True)).clamp(min=0.0)
-                s = torch.where(rest > 0, torch.maximum(s, left / rest), s)
-                now = limits <= s * squares
-                if bool((now == full).all()):
-                    break
-                full = now
-            return wanted.sign() * torch.minimum(space, s.sqrt() * wanted.abs())
-
-        return _nearest(x, boxed, z, interval, rows, solve)
+        """Exact: `_fit_l2`."""
+        return _fitted(self, x, z, radius, _fit_l2)
 
     def steepest(self, x: Tensor, z: Tensor, gradient: Tensor) -> Tensor:
         """g / ||g||_2 over the features that can still move."""
@@ -236,33 +274,11 @@ class L1:
 
     def size(self, x: Tensor, z: Tensor) -> Tensor:
         """Sum of absolute changes."""
-        return _change(x, z).abs().sum(1)
+        return self.room.change(x, z).abs_().sum(1)
 
     def project(self, x: Tensor, z: Tensor, radius: Tensor) -> Tensor:
-        """Exact: the change is clip(|wanted| - lambda, 0, space) per feature; lambda solves a piecewise linear equation.
-
-        Its kinks are where a feature starts (|wanted|) and stops (|wanted| - space) growing as lambda falls: sort, sum, read off.
-        """
-        interval = self.room.interval(x)
-        boxed = z.clamp(*interval)
-        rows = (self.size(x, boxed) > radius).nonzero().squeeze(1)
-        if not len(rows):
-            return boxed
-        target = (radius[rows] * _GUARD)[:, None]
-
-        def solve(wanted: Tensor, space: Tensor) -> Tensor:
-            long = wanted.abs()
-            kinks, order = torch.cat([long, (long - space).clamp(min=0.0)], 1).sort(1, descending=True)
-            growing = torch.where(order < long.shape[1], 1.0, -1.0).to(long).cumsum(1)
-            lengths = torch.nn.functional.pad((growing * -kinks.diff(dim=1, append=torch.zeros_like(kinks[:, :1]))).cumsum(1), (1, 0))
-            last = (torch.searchsorted(lengths, target, right=False) - 1).clamp(0, kinks.shape[1] - 1)
-            missing = (target - lengths.gather(1, last)).clamp(min=0.0)
-            shift = kinks.gather(1, last) - missing / growing.gather(1, last).clamp(min=1.0)
-            change = torch.minimum((long - shift).clamp(min=0.0), space)
-            # Far outside the ball long - shift keeps few digits: whatever rounding added is scaled away.
-            return wanted.sign() * change * (target / change.sum(1, keepdim=True).clamp(min=1e-300)).clamp(max=1.0)
-
-        return _nearest(x, boxed, z, interval, rows, solve)
+        """Exact: `_fit_l1`."""
+        return _fitted(self, x, z, radius, _fit_l1)
 
     def steepest(self, x: Tensor, z: Tensor, gradient: Tensor) -> Tensor:
         """Equal steps on the steepest features that can still move."""
@@ -310,9 +326,13 @@ class L0:
 
     def _keep(self, x: Tensor, values: Tensor, worth: Tensor, radius: Tensor) -> Tensor:
         """`values` on the floor(radius) pixels of most worth (B, pixels), x elsewhere; ties go to the first pixel."""
-        rank = worth.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
-        kept = (rank < radius.floor()[:, None])[:, None, :].expand_as(self._pixels(x)).reshape(x.shape)
-        return torch.where(kept, values, x)
+        count = radius.floor().long().clamp(max=worth.shape[1])[:, None]
+        kept = (worth >= _ranked(worth, count.squeeze(1))) & (count > 0)
+        tied = (kept.sum(1, keepdim=True) > count).squeeze(1).nonzero().squeeze(1)
+        if len(tied):
+            rank = worth[tied].argsort(dim=1, descending=True, stable=True).argsort(dim=1)
+            kept = kept.index_copy(0, tied, rank < count[tied])
+        return torch.where(kept[:, None, :].expand_as(self._pixels(x)).reshape(x.shape), values, x)
 
     def apply(self, x: Tensor, z: Tensor) -> Tensor:
         """z is the input itself."""

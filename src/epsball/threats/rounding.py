@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from epsball.core.rows import per_sample
+
+T = TypeVar("T")
 
 
 def inward(low: Tensor, high: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -26,30 +30,20 @@ def clipped(z: Tensor, radius: Tensor) -> Tensor:
 
 
 class Memo:
-    """Remembers the last result for the same tensors: bounds do not change between the steps of one search.
+    """Remembers, under each tag, the last result for the same tensors: bounds do not change between the steps of one search.
 
     Keyed by identity and version of the tensors, held weakly, so that nothing outlives its batch.
     """
 
     def __init__(self) -> None:
-        self._entry: tuple[tuple[object, ...], tuple[weakref.ref[Tensor], ...], tuple[Tensor, ...]] | None = None
+        self._entries: dict[str, tuple[tuple[object, ...], tuple[weakref.ref[Tensor], ...], Any]] = {}
 
-    def get(self, tag: object, tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
-        """The result stored for these very tensors, unchanged since."""
-        entry = self._entry
-        if entry is None or entry[0] != self._stamp(tag, tensors):
-            return None
-        same = all(reference() is tensor for reference, tensor in zip(entry[1], tensors, strict=True))
-        return entry[2] if same else None
-
-    def put(self, tag: object, tensors: tuple[Tensor, ...], result: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """Stores and returns."""
-        self._entry = (self._stamp(tag, tensors), tuple(weakref.ref(t, self._forget) for t in tensors), result)
+    def get(self, tag: str, tensors: tuple[Tensor, ...], make: Callable[[], T]) -> T:
+        """The result stored under `tag` for these very tensors, unchanged since; else what `make` gives, stored."""
+        entry, stamp = self._entries.get(tag), tuple([(id(t), t._version) for t in tensors])
+        if entry is not None and entry[0] == stamp and all(ref() is t for ref, t in zip(entry[1], tensors, strict=True)):
+            return entry[2]  # type: ignore[no-any-return]
+        result = make()
+        # A result must not hold what it is keyed by: it would keep itself alive.
+        self._entries[tag] = (stamp, tuple([weakref.ref(t, lambda _: self._entries.pop(tag, None)) for t in tensors]), result)
         return result
-
-    def _forget(self, _: object) -> None:
-        self._entry = None
-
-    @staticmethod
-    def _stamp(tag: object, tensors: tuple[Tensor, ...]) -> tuple[object, ...]:
-        return (tag, *((id(t), t._version) for t in tensors))
