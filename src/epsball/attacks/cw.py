@@ -165,10 +165,15 @@ class TanhAdam:
 
 @dataclass(frozen=True)
 class Bisected:
-    """C&W L2: |change|^2, and a bisection of the weight; every round takes half the steps of the one before."""
+    """C&W L2: |change|^2, and a bisection of the weight; every round takes half the steps of the one before.
+
+    Until a first success steps grow tenfold instead, up to `longest` times Adam's rate: where gradients are all but flat around
+    x, more weight alone moves Adam no farther.
+    """
 
     first: float = 2.0
     growth: float = 3.0
+    longest: float = 30.0
     returns: bool = True
 
     def start(self, problem: Problem, reading: Reading) -> Aim:
@@ -184,9 +189,10 @@ class Bisected:
         return change.double().flatten(1).square().sum(1), 2 * change
 
     def next(self, problem: Problem, aim: Aim, rnd: Round, reading: Reading, success: Tensor, late: Tensor) -> tuple[Aim, Tensor]:
-        """Less weight where the last looks still saw a success, more elsewhere."""
+        """Less weight where the last looks still saw a success, more elsewhere; and longer steps until there was one at all."""
         bracket = aim.memory.next(late, rnd.since < rnd.stale.clamp(min=1), self.growth)
-        return replace(aim, weight=bracket.weight, memory=bracket, rate=torch.where(late, aim.rate / 2, aim.rate)), late
+        rate = torch.where(torch.isfinite(bracket.upper), aim.rate / 2, (10 * aim.rate).clamp(max=self.longest))
+        return replace(aim, weight=bracket.weight, memory=bracket, rate=torch.where(late, rate, aim.rate)), late
 
 
 @dataclass(frozen=True)

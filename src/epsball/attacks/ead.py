@@ -54,7 +54,7 @@ class ElasticNet:
     fast: bool
     sparse: bool
     first: float = 2.0
-    growth: float = 3.0
+    growth: float = 10.0
     gradient: Gradient = autograd
 
     def init(self, problem: Problem, steps: int) -> _Shrunk:
@@ -69,8 +69,8 @@ class ElasticNet:
         reading = self.gradient(problem, state.ahead)
         bracket = state.bracket or self._start(state, reading)
         success = problem.goal.reached(reading.output) & (reading.score >= self.kappa)
-        change = reading.z.double() - problem.x.double()
-        ones, twos = change.flatten(1).abs().sum(1), change.flatten(1).square().sum(1)
+        change = (reading.z - problem.x).flatten(1)
+        ones, twos = change.abs().sum(1).double(), change.square().sum(1).double()
         net = twos + state.beta * ones
         measure = ones if self.sparse else net
         better = success & (measure < state.best)
@@ -110,22 +110,20 @@ class ElasticNet:
 
     def _shrink(self, problem: Problem, state: _Shrunk, reading: Reading, bracket: Bracket, short: Tensor) -> tuple[Tensor, Tensor]:
         """(next point, point of the next look), eqs. 5 to 7."""
-        x, looks = problem.x.double(), state.round.looks.double()
-        push = torch.nan_to_num(reading.gradient.double(), nan=0.0, posinf=0.0, neginf=0.0)
-        change = state.ahead.double() - x
+        x, looks, beta = problem.x, state.round.looks.double(), per_sample(state.beta, problem.x)
+        push = torch.nan_to_num(reading.gradient, nan=0.0, posinf=0.0, neginf=0.0)
+        change = state.ahead - x
         rate = self.rate * (1 - looks / max(self.steps, 1)).clamp(min=0.0).sqrt()
-        change = change - per_sample(rate, x) * (2 * change - per_sample(bracket.weight * short, x) * push)
-        change = change.sign() * (change.abs() - per_sample(state.beta, x)).clamp(min=0.0)
-        here = self._inside(problem, state, change)
+        change = (per_sample(1 - 2 * rate, x) * change).addcmul_(per_sample(rate * bracket.weight * short, x), push)
+        here = self._inside(problem, state, change - change.clamp(-beta, beta))
         if not self.fast:
             return here, here
-        drift = per_sample(looks / (looks + 3), x) * (here.double() - state.here.double())
-        return here, self._inside(problem, state, here.double() - x + drift)
+        drift = (here - state.here).mul_(per_sample(looks / (looks + 3), x))
+        return here, self._inside(problem, state, drift.add_(here).sub_(x))
 
     def _inside(self, problem: Problem, state: _Shrunk, change: Tensor) -> Tensor:
-        """x + change in the box, and exactly x where nothing changes."""
-        moved = (problem.x.double() + change).to(problem.x.dtype)
-        return torch.minimum(torch.maximum(moved, state.low), state.high)
+        """x + change in the box, and exactly x where nothing changes; in place."""
+        return torch.clamp(change.add_(problem.x), state.low, state.high)
 
 
 @register(

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from epsball.attacks.apgd import apgd
 from epsball.attacks.combine import Case, SmallestRadius, merged, nothing, opened
-from epsball.attacks.inward import OutsideIn, corners, inward, outside_in
+from epsball.attacks.inward import corners, inward, outside_in
 from epsball.attacks.minimal import ddn, fmn
 from epsball.attacks.pgd import pgd
 from epsball.attacks.registry import register
@@ -59,9 +59,10 @@ def nearest(steps: int = 500, threat: Projects | None = None) -> Nearest:
     1. A quick search from the clean input: DDN under L2, FMN under Linf and L1, sigma-zero under L0.
     2. Linf and L0: quick searches aimed at each of the nearest classes (MALT's order), within the size found so far; `corners`
        under L0. L2 and L1 gain more from step 3.
-    3. L0: the same search under L1, and what it changed, counted. Linf, L2, L1: walks inward from far examples, each made by a few signed steps from another start. Where gradients mislead
-       near the clean input, as in networks trained against Linf, this finds changes several times smaller than any search that
-       starts there; and several short walks find smaller ones than a long one. Under L2 and L1 one more for every 250 steps.
+    3. L0: the same search under L1, and what it changed, counted. Elsewhere walks inward from far examples, each made by a few
+       signed steps from another start. Where gradients mislead near the clean input, as in networks trained against Linf, this
+       finds changes several times smaller than any search that starts there; and several short walks find smaller ones than a
+       long one. Under L2 and L1 one more for every 250 steps.
     4. A walk inward from the best (`epsball.attacks.inward`).
 
     Args:
