@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from epsball import attacks, threats
+    from epsball.attacks.blackbox import blackbox
     from epsball.attacks.registry import get
     from epsball.attacks.smallest import smallest
     from epsball.core import Targeted, Untargeted
@@ -23,6 +24,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "attacks": "epsball.attacks",
     "audit": "epsball.door:audit",
+    "blackbox": "epsball.attacks.blackbox:blackbox",
     "get": "epsball.attacks.registry:get",
     "load_data": "epsball.data:load_data",
     "load_model": "epsball.models:load_model",
@@ -40,6 +42,7 @@ __all__ = [
     "__version__",
     "attacks",
     "audit",
+    "blackbox",
     "get",
     "load_data",
     "load_model",

@@ -27,8 +27,9 @@ from epsball.core import Victim
 from epsball.data import Dataset, from_arrays, load_data
 from epsball.data.sample import subset
 from epsball.errors import BadInput
-from epsball.models import ModelSpec, load_adapted, normalization, wrap
+from epsball.models import ModelSpec, load_adapted, normalization, told, wrap
 from epsball.models.digits import NAMES as DIGITS
+from epsball.models.http import Address, is_address
 from epsball.models.weights import check_finite
 from epsball.store import evidence
 from epsball.threats import parse_threat
@@ -72,8 +73,8 @@ def open_model(model: Model, *, batch_size: int | None = None, device: str = "cp
 
 
 def _short(source: str) -> str:
-    """A name that fits a table: the last part of a path, with its function."""
-    return source.rsplit("/", 1)[-1]
+    """A name that fits a table: the last part of a path, with its function; the model's own name behind an address."""
+    return Address.parse(source).name if is_address(source) else source.rsplit("/", 1)[-1]
 
 
 def open_data(data: Data, *, n: int | None, seed: int, box: tuple[float, float]) -> Dataset:
@@ -150,6 +151,7 @@ def audit(
     out: str | Path | None = None,
     batch_size: int | None = None,
     drop: bool = True,
+    max_queries: int | None = None,
     progress: Progress | None = None,
     command: str = "",
 ) -> Report:
@@ -163,6 +165,8 @@ def audit(
         effort: fast, default or max. seed: of everything random. n: at most so many samples, spread over the classes.
         out: folder of the run; None makes a new one under runs/.
         batch_size: most rows per call. drop: stop working on a sample once it is broken; no verdict depends on it.
+        max_queries: for models without gradients, most rows per sample and radius that the search asks; None leaves that to the
+            effort: 300, 2,000 or 10,000.
         progress: who listens. command: recorded in the report.
 
     Returns:
@@ -189,6 +193,7 @@ def audit(
             out=out,
             batch_size=batch_size,
             drop=drop,
+            max_queries=max_queries,
             progress=progress,
             command=command,
         )
@@ -206,14 +211,18 @@ def audit_loaded(
     progress: Progress | None,
     command: str,
     drop: bool = True,
+    max_queries: int | None = None,
 ) -> Report:
     """`audit` for models and data that are open already."""
     started, clock = datetime.datetime.now(datetime.UTC), time.perf_counter()
     texts = _texts(threats, dataset, _numbers(loaded[0].victim))
-    plan = Plan(tuple(parse_threat(text) for text in texts), effort, seed, drop)
+    if max_queries is not None and (not isinstance(max_queries, int) or max_queries < 1):
+        raise BadInput(f"max_queries: {max_queries!r}: must be None or a whole number above 0")
+    plan = Plan(tuple(parse_threat(text) for text in texts), effort, seed, drop, max_queries)
     _distinct([spec.name for spec in plan.threats])
     subjects = [_subject(one, dataset, batch_size) for one in loaded]
     settings = {"threats": " ".join(texts), "effort": effort, "seed": str(seed), "n": str(len(dataset.x)), "batch_size": str(batch_size)}
+    settings |= {} if max_queries is None else {"max_queries": str(max_queries)}
     header = {"seed": seed, "settings": settings, "versions": versions()}
     with open_run(out) as folder:
         done = audit_subjects(subjects, plan, folder / evidence.NAME, header, progress)
@@ -228,7 +237,7 @@ def audit_loaded(
             started=started.isoformat(timespec="seconds"),
             seconds=time.perf_counter() - clock,
             partial=done.partial,
-            notes=[*dataset.notes, *(note for one in loaded for note in one.notes)],
+            notes=[*dataset.notes, *(note for one in loaded for note in (*one.notes, *told(one.victim)))],
         )
         report.write_json(result, folder / "report.json")
         report.write(result, folder / evidence.NAME, folder / "report.html")
@@ -298,10 +307,10 @@ def verify(run: str | Path, models: Sequence[Model] | None = None) -> list[Line]
     if models is not None and len(models) != len(stored):
         raise BadInput(f"model: {len(models)} given, the run has {len(stored)}: give each one once, in the order of the report")
     lines = []
-    for number, (settings, told) in enumerate(zip(stored, claimed.models, strict=True)):
+    for number, (settings, claim) in enumerate(zip(stored, claimed.models, strict=True)):
         with torch.inference_mode(False):
             victim = _again(settings, None if models is None else models[number])
-            lines += check_model(number, arrays, settings, victim, told)
+            lines += check_model(number, arrays, settings, victim, claim)
     return lines
 
 
@@ -312,6 +321,8 @@ def _again(settings: Mapping[str, Any], model: Model | None) -> Victim:
     if not str(spec.get("source", "python object")).startswith("python object"):
         options = {key: value for key, value in ModelSpec.from_dict(spec).to_dict().items() if key != "source"}
         model = spec["source"] if model is None else model
+        if not (isinstance(model, str) and is_address(model)):
+            del options["endpoint"]
     if model is None:
         raise BadInput(f"model '{settings['name']}': was a Python object: give it again, epsball.verify(run, [model]) or --model")
     return open_model(model, name=settings["name"], **options).victim

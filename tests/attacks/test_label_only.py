@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,8 @@ from epsball.attacks import get
 from epsball.attacks.decision import Found, bisect, inward_path, look, nearer, ray, start
 from epsball.attacks.hop_skip_jump import normal
 from epsball.attacks.opt_attack import crossing
+from epsball.attacks.simba import cosines
+from epsball.attacks.surfree import Turns, waves
 from epsball.core import Access, Targeted, Victim
 from epsball.core.rule import normalized
 from epsball.errors import BadInput
@@ -24,7 +27,7 @@ from epsball.threats import L2, Linf, named
 from epsball.threats.lp import Room
 
 ATTACKS = [("hop_skip_jump", "l2"), ("hop_skip_jump", "linf"), ("rays", "linf"), ("opt_attack", "l2"), ("sign_opt", "l2")]
-ATTACKS += [("boundary", "l2")]
+ATTACKS += [("boundary", "l2"), ("surfree", "l2")]
 every_attack = pytest.mark.parametrize(("name", "norm"), ATTACKS)
 
 
@@ -89,6 +92,7 @@ class NoWayBack(torch.autograd.Function):
         ("opt_attack", "l2", 800, 1.1),
         ("sign_opt", "l2", 1000, 1.01),
         ("boundary", "l2", 800, 1.05),
+        ("surfree", "l2", 800, 1.05),
     ],
 )
 def test_distance_to_a_plane(name: str, norm: str, steps: int, within: float) -> None:
@@ -316,6 +320,29 @@ def test_rays_flips_halves_of_halves() -> None:
     assert torch.equal(seen.rows[1:10], torch.stack([torch.tensor([0.0 if i in flip else 1.0 for i in range(6)]) for flip in flips]))
 
 
+def test_directions_of_surfree_are_orthogonal_and_low_at_first() -> None:
+    b = bench(4, n=2, wrong=0)
+    x = tensor(rng(3).random((2, 1, 8, 8)))
+    problem = posed(
+        lambda z: b.model(z.flatten(1)[:, :18].reshape(-1, 2, 3, 3).double()), x, torch.zeros(2, dtype=torch.int64), threat="l2"
+    )
+    search = Turns(99, 0.5, 0.95, 1, 300, 5, 0, None)
+    state, u = search.init(problem, 99), normalized(tensor(rng(4).standard_normal(x.shape), torch.float64), 2)
+    for number in range(8):
+        v, past = search._direction(problem, replace(state, number=number), u)
+        state = replace(state, past=past)
+        assert past.shape[1] == min(number + 1, 5)
+        assert float((v * u).flatten(1).sum(1).abs().max()) < 1e-6
+        gram = past.double() @ past.double().transpose(1, 2)
+        assert torch.allclose(gram, torch.eye(len(gram[0]), dtype=torch.float64).expand_as(gram), atol=1e-5)
+    low = cosines(8)[:4] @ waves(problem, 0, 300)[:, 0] @ cosines(8)[:4].T
+    early = low.square().sum((1, 2)) / waves(problem, 0, 300).square().sum((1, 2, 3))
+    late = (cosines(8)[:4] @ waves(problem, 10**6, 300)[:, 0] @ cosines(8)[:4].T).square().sum((1, 2))
+    late = late / waves(problem, 10**6, 300).square().sum((1, 2, 3))
+    assert bool((early > 0.8).all())
+    assert bool((late < 0.5).all())
+
+
 def test_paths_end_where_they_should() -> None:
     b = bench(4, n=3, wrong=0)
     for norm in ("l2", "linf"):
@@ -345,6 +372,7 @@ PEERS = {
     ("hop_skip_jump", "l2", 500): 0.6262,  # foolbox 3.3.4, seed 0, every successful question counts
     ("hop_skip_jump", "linf", 500): 0.1450,
     ("boundary", "l2", 500): 1.9707,
+    ("surfree", "l2", 500): 0.6262,  # foolbox's HopSkipJump again
 }
 
 
@@ -379,6 +407,13 @@ def test_digits_are_no_farther_than_peers_find_them(name: str, norm: str, steps:
         ("boundary", {"toward": 1.0}, "toward"),
         ("boundary", {"sideways": 0.0}, "sideways"),
         ("boundary", {"tries": -1}, "tries"),
+        ("surfree", {"tries": -1}, "tries"),
+        ("surfree", {"angle": 90.0}, "angle"),
+        ("surfree", {"rho": 0.0}, "rho"),
+        ("surfree", {"signs": 0}, "signs"),
+        ("surfree", {"even": -1}, "even"),
+        ("surfree", {"memory": -1}, "memory"),
+        ("surfree", {"threat": "linf"}, "linf"),
     ],
 )
 def test_bad_options_are_refused_in_one_line(name: str, options: dict[str, Any], word: str) -> None:

@@ -14,12 +14,15 @@ import torch
 from lawkit import mlp, posed, rng, tensor
 from torch import Tensor
 
+import epsball as eb
 from epsball.attacks import Nes, Spsa, get, nes, spsa, square
+from epsball.attacks.loc_search import LocalSearch, OutOfTop
 from epsball.attacks.random_search import schedule
 from epsball.attacks.simba import Waves, cosines
 from epsball.attacks.square import bump, sides
 from epsball.core import Access, Attack, Goal, Targeted, Untargeted, Victim, autograd
 from epsball.errors import AccessDenied, BadInput
+from epsball.models.digits import load
 from epsball.objectives import cross_entropy, margin
 from epsball.threats import L0, L2, Linf, named
 from epsball.threats.lp import Room
@@ -33,7 +36,7 @@ sys.modules["square_reference"] = _module
 _spec.loader.exec_module(_module)
 
 ATTACKS = {"square": {}, "nes": {"draws": 6}, "spsa": {"draws": 6}, "bandits": {}, "simba": {}, "simba_dct": {}, "sparse_rs": {}}
-ATTACKS |= {"zoo": {"coordinates": 3}, "one_pixel": {"population": 7}}
+ATTACKS |= {"zoo": {"coordinates": 3}, "one_pixel": {"population": 7}, "loc_search": {"probes": 6, "t": 2}}
 
 
 def scores(weights: Tensor) -> Callable[[Tensor], Tensor]:
@@ -61,9 +64,9 @@ def test_a_sample_that_stands_costs_the_budget(name: str, steps: int) -> None:
 
     x = tensor(rng(4).random((3, 2, 4, 4)))
     outcome = get(name, steps=steps, **ATTACKS[name])(Victim(model, access=Access.SCORES), x, torch.zeros(3, dtype=torch.int64), 1.0)
-    look = {"nes": 7, "spsa": 7, "bandits": 3, "zoo": 7, "one_pixel": 7}.get(name, 1)
+    look = {"nes": 7, "spsa": 7, "bandits": 3, "zoo": 7, "one_pixel": 7, "loc_search": 7}.get(name, 1)
     if steps == 7:  # fewer points per look where steps allow no whole one
-        look = {"nes": 5, "spsa": 5, "zoo": 5, "one_pixel": 6}.get(name, look)
+        look = {"nes": 5, "spsa": 5, "zoo": 5, "one_pixel": 6, "loc_search": 6}.get(name, look)
     whole = (steps - 1) // look
     assert outcome.queries.tolist() == [1 + whole * look + 1] * 3
     assert int(outcome.queries.max()) <= 1 + steps
@@ -84,7 +87,7 @@ def test_no_gradient_is_asked_for(name: str, targeted: bool) -> None:
         graphs.append(x.requires_grad or torch.is_grad_enabled())
         return net(x.double())
 
-    radius = {"sparse_rs": 12.0, "one_pixel": 12.0, "simba": 2.0, "simba_dct": 2.0, "zoo": 4.0}.get(name, 0.5)
+    radius = {"sparse_rs": 12.0, "one_pixel": 12.0, "loc_search": 12.0, "simba": 2.0, "simba_dct": 2.0, "zoo": 4.0}.get(name, 0.5)
     steps, options = (3000, {}) if name in ("zoo", "one_pixel") else (300, ATTACKS[name])
     outcome = get(name, steps=steps, **options)(Victim(model, access=Access.SCORES), x, goal, radius)
     assert not any(graphs)
@@ -183,16 +186,142 @@ def test_sparse_rs_finds_the_best_pixels_of_a_linear_model() -> None:
             assert outcome.reached.tolist() == [expected] * 8, (k, share)
 
 
-def test_zoo_finds_the_distance_to_the_boundary_of_a_linear_model() -> None:
-    """gap / |w|, in a wide box, from both sides: never below, and at most 2 % above."""
+def off_the_plane() -> tuple[Tensor, Tensor, Tensor]:
+    """w, and four points with x . w = -0.3, -0.6, -1 and -1.5."""
     w = tensor(rng(14).standard_normal(6), torch.float64)
     x = tensor(rng(15).random((4, 6)))
-    x[:, 0] -= ((x.double() @ w + torch.tensor([0.3, 0.6, 1.0, 1.5])) / w[0]).float()  # now x . w = -gap
-    outcome = get("zoo", steps=9000, coordinates=6)(Victim(scores(w), box=(-20.0, 20.0)), x, torch.zeros(4, dtype=torch.int64), 5.0)
-    distance = -(x.double() @ w) / w.norm()
+    x[:, 0] -= ((x.double() @ w + torch.tensor([0.3, 0.6, 1.0, 1.5])) / w[0]).float()
+    return w, x, -(x.double() @ w) / w.norm()
+
+
+@pytest.mark.parametrize(
+    ("options", "within"), [({}, 1.01), ({"newton": False}, 1.1), ({"searches": 9}, 1.1), ({"newton": False, "searches": 9}, 1.1)]
+)
+def test_zoo_finds_the_distance_to_the_boundary_of_a_linear_model(options: dict[str, Any], within: float) -> None:
+    """gap / |w|, in a wide box, from both sides: never below, and little above; whatever the scale of the scores."""
+    w, x, distance = off_the_plane()
+    for scale in (1.0, 1e-3):
+        victim = Victim(scores(scale * w), box=(-20.0, 20.0), access=Access.SCORES)
+        outcome = get("zoo", steps=9000, coordinates=6, **options)(victim, x, torch.zeros(4, dtype=torch.int64), 5.0)
+        assert bool(outcome.reached.all())
+        assert bool((outcome.size >= distance).all())
+        assert bool((outcome.size <= within * distance).all()), outcome.size / distance
+
+
+def test_zoo_s_first_newton_step_goes_to_the_boundary_of_a_linear_model() -> None:
+    """All coordinates at once: c is 2 gap / |w|^2, so that the step -c w / 2 is the whole way; slopes are w, curvatures 0."""
+    w, x, distance = off_the_plane()
+    attack = get("zoo", steps=100, coordinates=6, rate=1.0)
+    problem = posed(Victim(scores(w), box=(-20.0, 20.0)), x, torch.zeros(4, dtype=torch.int64), threat="l2", radius=9.0, objective=margin)
+    _, state = attack.strategy.step(problem, attack.strategy.init(problem, 7))
+    assert torch.allclose(state.constant / 25**0.3, 2 * distance / w.norm(), rtol=1e-3)
+    assert torch.allclose(state.z.double() - x.double(), distance[:, None] * w / w.norm(), atol=1e-3)
+
+
+def test_zoo_is_near_what_white_box_carlini_wagner_finds_on_digits() -> None:
+    """Mean L2 of the first 20 correctly classified of 24 digits (seed 1); C&W's, with gradients, is 0.4488."""
+    net, data = load("digits-standard"), eb.load_data("digits", n=24, seed=1)
+    x, labels = torch.as_tensor(np.asarray(data.x)), torch.as_tensor(np.asarray(data.y)).long()
+    right = net(x).argmax(1) == labels
+    outcome = get("zoo", steps=2000)(Victim(net, access=Access.SCORES), x[right][:20], labels[right][:20], torch.inf)
     assert bool(outcome.reached.all())
-    assert bool((outcome.size >= distance).all())
-    assert bool((outcome.size <= 1.02 * distance).all()), outcome.size / distance
+    assert int(outcome.queries.max()) <= 2001
+    assert float(outcome.size.mean()) < 1.1 * 0.4488
+
+
+def test_zoo_s_grids_run_from_coarse_to_fine() -> None:
+    x = tensor(rng(18).random((2, 3, 12, 12)))
+    seen: list[Tensor] = []
+
+    def model(z: Tensor) -> Tensor:
+        seen.append(z.clone())
+        return torch.stack([z.flatten(1).sum(1) * 0, z.flatten(1).double() @ torch.ones(432).double() - 900.0], 1)
+
+    victim = Victim(model, access=Access.SCORES)
+    get("zoo", steps=4 * 5 + 1, coordinates=2, h=0.1, sides=(6, 3, 12))(victim, x, torch.zeros(2, dtype=torch.int64), 99.0)
+    probes = [(z - look.repeat_interleave(4, 0)).abs() for look, z in zip(seen[1:-1:2], seen[2:-1:2], strict=True)]
+    widest = [int((change > 1e-3).flatten(2).sum(2).amax()) for change in probes]
+    assert len(widest) == 4
+    assert min(widest[:2]) > 40  # a cell of 4 x 4 pixels reaches 8 x 8
+    assert max(widest[2:]) <= 16  # a cell of 2 x 2 pixels reaches 4 x 4
+    assert all(int(change.flatten(2).amax(2).gt(1e-3).sum(1).max()) == 1 for change in probes)  # one channel each
+
+
+def test_local_search_finds_the_best_features_of_a_linear_model() -> None:
+    """One feature at a time, all that fit probed: reached exactly where the k largest gains of a flip to the far end add up to the gap."""
+    w, x = tensor(rng(19).standard_normal(10), torch.float64), tensor(rng(20).random((8, 10)), torch.float64)
+    gains = w * ((x < 0.5).double() - x)
+    for k in (1, 3):
+        best = gains.topk(k, dim=1).values.sum(1)
+        for share, expected in ((0.98, True), (1.02, False)):
+            flat = torch.cat([x, ((x @ w + share * best) / 10)[:, None]], 1)
+
+            def model(z: Tensor) -> Tensor:
+                value = z[:, :10] @ w - 10 * z[:, 10]
+                return torch.stack([torch.zeros_like(value), value], 1)
+
+            threat = L0(Room(mask=torch.cat([torch.ones(10), torch.zeros(1)])), features=True)
+            victim = Victim(model, box=(torch.tensor([0.0] * 10 + [-9.0]), torch.tensor([1.0] * 10 + [9.0])))
+            victim.dtype = torch.float64
+            outcome = get("loc_search", threat=threat, steps=150, probes=10, t=1)(victim, flat, torch.zeros(8, dtype=torch.int64), float(k))
+            assert outcome.reached.tolist() == [expected] * 8, (k, share)
+
+
+def test_local_search_probes_squares_around_what_helped() -> None:
+    """A model that likes one pixel: the second round stays within d of the pixels that the first one changed."""
+    x, seen = torch.full((1, 1, 9, 9), 0.3), []
+
+    def model(z: Tensor) -> Tensor:
+        seen.append(z.clone())
+        return torch.stack([z.flatten(1)[:, 0] * 0 + 99, z.flatten(1).sum(1)], 1)
+
+    attack = get("loc_search", steps=2 * 10 + 1, probes=9, t=1, d=1)
+    attack(Victim(model, access=Access.SCORES), x, torch.zeros(1, dtype=torch.int64), 9.0)
+    clean, first, _, second = seen[1], seen[2], seen[3], seen[4]
+    changed = [(rows != clean).flatten(1) for rows in (first, second)]
+    assert changed[0].sum(1).tolist() == [1] * 9  # single pixels, drawn without replacement
+    assert int(changed[0].any(0).sum()) == 9
+    both = changed[1].all(0).nonzero().squeeze(1)
+    assert len(both) == 1
+    center, others = divmod(int(both), 9), [divmod(int(row.nonzero()[row.nonzero() != both][0]), 9) for row in changed[1]]
+    near = [max(abs(r - center[0]), abs(c - center[1])) <= 1 for r, c in others]
+    assert sum(near) >= 3  # all of a corner's square; 8 in the middle
+    assert bool((first[changed[0].reshape(first.shape)] == 1.0).all())  # the far end
+
+
+def test_cyclic_is_the_paper_s() -> None:
+    """1.5 v about the middle of [0, 1]; what leaves the box comes back in at the other end."""
+    x = torch.tensor([[0.0, 0.1, 0.4, 0.5, 0.8, 0.9, 1.0]])
+    problem = posed(scores(torch.ones(7)), x, torch.zeros(1, dtype=torch.int64), threat="l0", radius=7.0)
+    kept = LocalSearch(-0.5, 1.5, 1, 1, 1)._kept(problem, x)
+    assert torch.allclose(kept, torch.tensor([[0.75, 0.9, 0.35, 0.5, 0.95, 0.1, 0.25]]), atol=1e-6)
+    assert torch.equal(LocalSearch(-0.5, None, 1, 1, 1)._kept(problem, x), torch.tensor([[1.0, 1, 1, 0, 0, 0, 0]]))
+    assert torch.allclose(LocalSearch(0.2, None, 1, 1, 1)._kept(problem, x), torch.tensor([[0.3, 0.3, 0.3, 0.7, 0.7, 0.7, 0.7]]))
+
+
+def test_out_of_the_top_k_is_the_goal_that_local_search_may_have() -> None:
+    """k = 1 is untargeted; with a larger k the label leaves the k highest scores, and ties are no success."""
+    scores_of = torch.tensor([[3.0, 2, 1, 0], [3, 3, 1, 0], [0, 3, 2, 1], [0, torch.nan, 2, 1]])
+    labels = torch.tensor([0, 0, 3, 0])
+    assert OutOfTop(labels, 1).reached(scores_of).tolist() == [False, False, True, False]
+    assert OutOfTop(labels, 2).reached(scores_of).tolist() == [False, False, True, False]
+    assert OutOfTop(labels, 3).reached(scores_of).tolist() == [False, False, False, False]
+    net, x = mlp(32, 4), tensor(rng(5).random((6, 2, 4, 4)))
+    right = net(x.double()).argmax(1)
+    once, twice = (get("loc_search", steps=300)(net, x, OutOfTop(right, k), 8.0) for k in (1, 2))
+    plain = get("loc_search", steps=300)(net, x, right, 8.0)
+    assert torch.equal(once.x_adv, plain.x_adv)
+    assert bool(twice.reached.any())
+    ranks = (net(twice.x_adv.double()) > net(twice.x_adv.double()).gather(1, right[:, None])).sum(1)
+    assert torch.equal(ranks >= 2, twice.reached)
+    assert int(twice.queries.sum()) > int(once.queries.sum())
+
+
+def test_local_search_needs_the_ends_of_the_box() -> None:
+    with pytest.raises(BadInput, match="box"):
+        get("loc_search", steps=9)(
+            Victim(scores(torch.ones(3)), box=(0.0, np.inf)), torch.ones(1, 3), torch.ones(1, dtype=torch.int64), 1.0
+        )
 
 
 def test_one_pixel_finds_the_best_pixel_of_a_linear_model() -> None:
@@ -285,6 +414,15 @@ def test_l2_square_stays_on_the_sphere_where_the_box_is_wide() -> None:
         ("sparse_rs", {"alpha": 2.0}, "alpha"),
         ("zoo", {"coordinates": 0}, "coordinates"),
         ("zoo", {"h": 0.0}, "h 0"),
+        ("zoo", {"searches": -1}, "searches"),
+        ("zoo", {"sides": (0,)}, "sides"),
+        ("loc_search", {"steps": -1}, "steps"),
+        ("loc_search", {"p": 0.0}, "p: 0"),
+        ("loc_search", {"r": 2.5}, "r: 2.5"),
+        ("loc_search", {"d": -1}, "d: -1"),
+        ("loc_search", {"t": 0}, "t: 0"),
+        ("loc_search", {"probes": 0}, "probes"),
+        ("loc_search", {"threat": named("l2")}, "threat"),
         ("one_pixel", {"population": 0}, "population"),
         ("one_pixel", {"threat": L0(features=True)}, "threat"),
     ],

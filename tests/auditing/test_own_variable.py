@@ -241,7 +241,7 @@ def test_the_referee_believes_no_z(name: str, lie: str) -> None:
     victim = wrap(Brittle(data.x))
     subject = Subject(victim, data.x, torch.zeros(24, dtype=torch.int64), data.indices, "digits", {})
     referee = Referee(victim)
-    sheet = Sheet.start(subject, referee.outputs(data.x, subject.goal), [], (spec,))
+    sheet = Sheet.start(subject, referee.outputs(data.x, subject.goal), [], (spec,), queries=300, pace=0.0)
     make, paint, honest = FORGERIES[lie]
     attack_round(sheet, referee, sheet.rounds[0], Forger(spec.threat, make, paint), 0, True, lambda *_: None)
     broken = torch.isfinite(sheet.hits[name].radius)

@@ -137,7 +137,7 @@ def test_a_blocked_model_is_audited_but_not_trusted(name: str, tmp_path: Path) -
 
 def test_a_model_without_gradients_is_attacked_without_gradients(tmp_path: Path) -> None:
     result = audited(eb.wrap(Around(without_gradient)), tmp_path).models[0].results[0]
-    assert {a.name for a in result.attacks} == {"noise"}
+    assert [a.name for a in result.attacks] == ["noise", "square"]
     assert result.backwards == 0
 
 

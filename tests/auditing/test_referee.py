@@ -80,7 +80,7 @@ def sheet_of(threat: str = "linf:0.3") -> tuple[Sheet, Referee]:
     victim = wrap(linear(weights))
     subject = Subject(victim, x, y, torch.arange(len(x)), "blobs", {})
     referee = Referee(victim)
-    return Sheet.start(subject, referee.outputs(x, subject.goal), [], (parse_threat(threat),)), referee
+    return Sheet.start(subject, referee.outputs(x, subject.goal), [], (parse_threat(threat),), queries=300, pace=0.0), referee
 
 
 def against(x: Tensor, amount: float) -> Tensor:

@@ -22,7 +22,7 @@ from epsball.objectives import OBJECTIVES
 from epsball.threats import L0, L1, L2, LUV, RGB, THREATS, Added, Color, Composed, Linf, compose, is_input, named
 
 SMALL = {"steps": 6, "restarts": 2, "targets": 2, "draws": 6, "rotations": 3, "shifts": 3}
-SLOW = {"physical": {"draws": 2, "steps": 3}}
+SLOW = {"physical": {"draws": 2, "steps": 3}, "blackbox": {"budget": 16}}
 """Smaller still."""
 RADII = {"linf": 0.12, "l2": 0.35, "l1": 0.9, "l0": 2.0, "l0f": 2.0}
 RADII |= {"flow": 0.5, "color": 0.12, "color-luv": 0.12, "rigid": 0.4, "patch": 1.0, "compose": 0.1}

@@ -156,8 +156,11 @@ def test_bad_factories(net_file, function, words):
         ("missing.py:make", "model: cannot read 'missing.py'"),
         ("net.py", "model: 'net.py' names no function; give net.py:FUNCTION"),
         ("missing.onnx", "model: cannot read 'missing.onnx'"),
-        ("https://example.org/m.pt2", "model: (cannot read )?'https:"),
-        ("https://example.org/m", "is an address, not supported yet"),
+        (
+            "https://example.org/m.pt2",
+            "'https://example.org/m.pt2' is an address that names no model; write http://HOST:PORT/v2/models/NAME",
+        ),
+        ("s3://bucket/m", "is an address of another kind than http://HOST/v2/models/NAME"),
         ("w.safetensors", "looks like weights; name a factory as the model and pass this file with --weights"),
         ("w.pth", "looks like weights"),
         ("no-such-name", "model: 'no-such-name' is unknown; give package.module:function"),

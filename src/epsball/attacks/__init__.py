@@ -1,6 +1,7 @@
 """How it is searched: recipes, one file per family, and what combines them."""
 
 from epsball.attacks.apgd import apgd, apgd_dlr, apgd_t
+from epsball.attacks.blackbox import blackbox
 from epsball.attacks.boundary import boundary
 from epsball.attacks.channel import physical, survival
 from epsball.attacks.combine import Cascade, EveryTarget, Restarts, SmallestRadius
@@ -14,6 +15,7 @@ from epsball.attacks.inward import OutsideIn, corners, outside_in
 from epsball.attacks.jsma import jsma
 from epsball.attacks.lbfgs import lbfgs
 from epsball.attacks.linear import linear_smallest, linear_worst_case
+from epsball.attacks.loc_search import OutOfTop, loc_search
 from epsball.attacks.minimal import ddn, fmn
 from epsball.attacks.noise import noise
 from epsball.attacks.one_pixel import one_pixel
@@ -28,6 +30,8 @@ from epsball.attacks.smallest import Nearest, bisection, nearest
 from epsball.attacks.sparse_rs import sparse_rs
 from epsball.attacks.spatial import recoloradv, rotation_translation, stadv
 from epsball.attacks.square import square
+from epsball.attacks.surfree import surfree
+from epsball.attacks.surrogate import Surrogate, fit_surrogate, transferred
 from epsball.attacks.targets import by_logit, malt
 from epsball.attacks.transfer import di_fgsm, ensemble, ni_fgsm, si_fgsm, ti_fgsm, vmi_fgsm
 from epsball.attacks.universal import UniversalGradient, UniversalSum, cross_model_table, fooling_rate
@@ -39,10 +43,12 @@ __all__ = [
     "EveryTarget",
     "Nearest",
     "Nes",
+    "OutOfTop",
     "OutsideIn",
     "Restarts",
     "SmallestRadius",
     "Spsa",
+    "Surrogate",
     "UniversalGradient",
     "UniversalSum",
     "apgd",
@@ -51,6 +57,7 @@ __all__ = [
     "bandits",
     "bim",
     "bisection",
+    "blackbox",
     "boundary",
     "by_logit",
     "corners",
@@ -67,6 +74,7 @@ __all__ = [
     "fab",
     "fab_t",
     "fgsm",
+    "fit_surrogate",
     "fmn",
     "fooling_rate",
     "get",
@@ -75,6 +83,7 @@ __all__ = [
     "lbfgs",
     "linear_smallest",
     "linear_worst_case",
+    "loc_search",
     "malt",
     "mi_fgsm",
     "nearest",
@@ -100,8 +109,10 @@ __all__ = [
     "square",
     "stadv",
     "superdeepfool",
+    "surfree",
     "survival",
     "ti_fgsm",
+    "transferred",
     "vmi_fgsm",
     "zoo",
 ]

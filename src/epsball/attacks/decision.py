@@ -33,17 +33,20 @@ class Found:
     Attributes:
         z: where (B, ...), the clean input before the first. output: the model's answer there. size: (B,), +inf before the first.
         limit: (B,) int64, the ledger's entry at which a sample has spent its budget.
+        enough: (B,) float64, a success of at most this size ends the search of a sample.
     """
 
     z: Tensor
     output: Tensor
     size: Tensor
     limit: Tensor
+    enough: Tensor
 
     @staticmethod
     def nothing(problem: Problem, budget: int) -> Found:
         """No success, and `budget` queries to spend for every sample."""
-        return Found(problem.x, problem.clean, torch.full_like(problem.radius, torch.inf), _spent(problem) + budget)
+        size = torch.full_like(problem.radius, torch.inf)
+        return Found(problem.x, problem.clean, size, _spent(problem) + budget, -size)
 
     @property
     def some(self) -> Tensor:
@@ -52,7 +55,7 @@ class Found:
 
     def left(self, problem: Problem) -> Tensor:
         """(B,) int64: queries that each sample may still ask."""
-        return self.limit - _spent(problem)
+        return (self.limit - _spent(problem)).masked_fill(self.size <= self.enough, 0)
 
     def reading(self, problem: Problem) -> Reading:
         """The smallest success as `run` wants it; costs nothing, for the answer is known."""

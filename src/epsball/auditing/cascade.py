@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+from torch import Tensor
 
 from epsball.attacks import pgd
-from epsball.auditing.plan import Stage, deeper, plan
+from epsball.auditing.plan import Stage, black_box, deeper, plan
 from epsball.auditing.referee import Referee
 from epsball.auditing.results import AttackRow, Flag
 from epsball.auditing.sheet import Round, Sheet
@@ -39,14 +40,23 @@ Progress = Callable[[Tick], None]
 
 
 def stages_of(sheet: Sheet, threat: str, effort: str) -> tuple[Stage, ...]:
-    """The plan for this model under one threat."""
-    gradients = not any(f.id == "no-gradient" for f in sheet.findings)
-    single = not isinstance(sheet.subject.goal, LabelsChanged)
-    return plan(sheet.threat(threat), effort, classes=sheet.clean.shape[1], single_label=single, gradients=gradients)
+    """The plan for this model under one threat.
+
+    A victim that shows no gradients gets searches that need none; one whose gradients are dead, all of them or some, gets these as well.
+    """
+    blind = black_box(sheet.threat(threat), sheet.subject.victim.access, sheet.queries)
+    if not sheet.shown:
+        return blind
+    single, dead = not isinstance(sheet.subject.goal, LabelsChanged), sheet.found("no-gradient")
+    known = plan(sheet.threat(threat), effort, classes=sheet.clean.shape[1], single_label=single, gradients=not dead)
+    if dead:  # noise and grids are part of both
+        names = {stage.attack.name for stage in known}
+        return (*known, *(stage for stage in blind if stage.attack.name not in names))
+    return (*known, *blind) if sheet.found("gradient") else known
 
 
 def planned_rows(sheet: Sheet, effort: str, threat: str) -> int:
-    """Most gradient rows that the plan can cost this model under one threat: every correct sample in every stage."""
+    """Most rows that the plan can cost this model under one threat: every correct sample in every stage."""
     per_sample = sum(stage.rows for r in sheet.rounds if r.threat == threat for stage in stages_of(sheet, threat, effort))
     return int(sheet.correct.sum()) * max(per_sample, 1)
 
@@ -56,7 +66,7 @@ def cascade(sheet: Sheet, referee: Referee, effort: str, seed: int, drop: bool, 
     total, behind = max(sum(planned_rows(sheet, effort, name) for name in sheet.hits), 1), 0.0
     correct = int(sheet.correct.sum())
     for current in sheet.rounds:
-        started = time.perf_counter()
+        started, asked, late = time.perf_counter(), 0, 0
         try:
             for stage in stages_of(sheet, current.threat, effort):
 
@@ -64,10 +74,15 @@ def cascade(sheet: Sheet, referee: Referee, effort: str, seed: int, drop: bool, 
                     tick = Tick(sheet.subject.victim.name, current.threat, current.text, stage.attack.name, left, share)  # noqa: B023
                     progress(tick)
 
-                attack_round(sheet, referee, current, stage.attack, seed, drop, watch)
+                spent = attack_round(sheet, referee, current, stage.attack, seed, drop, watch)
+                late += int((asked + spent > sheet.queries / 2).sum())
+                asked += stage.rows
                 behind += stage.rows * correct
-            losses_agree(sheet, current, seed)
-            effort_suffices(sheet, current, effort, seed)
+            if not sheet.shown:
+                queries_suffice(sheet, current, late)
+            elif not sheet.found("no-gradient"):
+                losses_agree(sheet, current, seed)
+                effort_suffices(sheet, current, effort, seed)
             current.finished = True
         finally:
             current.seconds += time.perf_counter() - started
@@ -75,18 +90,18 @@ def cascade(sheet: Sheet, referee: Referee, effort: str, seed: int, drop: bool, 
 
 def attack_round(
     sheet: Sheet, referee: Referee, current: Round, attack: AttackLike, seed: int, drop: bool, watch: Callable[[int, int, int], None]
-) -> None:
-    """One attack on the samples still standing; only what the referee confirms is entered."""
+) -> Tensor:
+    """One attack on the samples still standing; only what the referee confirms is entered, and its queries (K,) are returned."""
     rows = sheet.standing(current.threat, current.radius).nonzero().squeeze(1)
     if not len(rows):
-        return
+        return rows
     started, subject, hits, threat = time.perf_counter(), sheet.subject, sheet.hits[current.threat], sheet.threat(current.threat)
     x, goal = subject.x[rows], subject.goal.take(rows)
     outcome = attack(subject.victim, x, goal, current.radius, seed, clean=sheet.clean[rows], drop=drop, watch=watch)
     met = rows[outcome.flags["invalid"].cpu()]
     hits.invalid[met] = hits.invalid[met].clamp(max=current.radius)
     claimed = outcome.reached.cpu().nonzero().squeeze(1)
-    broken = rows[:0]
+    broken, spent = rows[:0], rows[:0]
     if len(claimed):
         x_adv, z = outcome.x_adv.cpu()[claimed], None if is_input(threat) else outcome.z.cpu()[claimed]
         ruling = referee.judge(x[claimed], x_adv, goal.take(claimed), threat, current.radius, z)
@@ -96,8 +111,10 @@ def attack_round(
         hits.x_adv[broken] = x_adv[ruling.broken]
         hits.size[broken] = ruling.size[ruling.broken]
         hits.predicted[broken] = ruling.predicted[ruling.broken]
+        spent = outcome.queries[claimed][ruling.broken]
         hits.radius[broken] = current.radius  # last: an interrupt before this line leaves these samples standing
     current.attacks.append(_row(attack.name, repr(attack), len(rows), len(broken), outcome, time.perf_counter() - started))
+    return spent
 
 
 def _row(name: str, recipe: str, tried: int, broken: int, outcome: Outcome, seconds: float) -> AttackRow:
@@ -119,7 +136,7 @@ def losses_agree(sheet: Sheet, current: Round, seed: int) -> None:
     """
     order = sheet.subject.order
     rows = order[sheet.correct[order]][:LOSS_SAMPLE]
-    if not len(rows) or any(f.id == "no-gradient" for f in sheet.findings):
+    if not len(rows):
         return
     subject, reached = sheet.subject, {}
     for objective in (cross_entropy, margin):
@@ -144,6 +161,13 @@ def losses_agree(sheet: Sheet, current: Round, seed: int) -> None:
         current.flags.append(flag)
 
 
+def queries_suffice(sheet: Sheet, current: Round, late: int) -> None:
+    """Would more queries still break samples? Told without asking one: by how many broke in the second half of them."""
+    if late > EFFORT_GAP * len(sheet.clean):
+        message = f"{late} of {len(sheet.clean)} samples broke only after half of the {sheet.queries:,} queries: more would break more."
+        current.flags.append(Flag(id="effort", severity="warn", message=message, fix="Run --effort max, or raise --max-queries."))
+
+
 def effort_suffices(sheet: Sheet, current: Round, effort: str, seed: int) -> None:
     """Would trying harder still break samples? Asked of a capped sample of those that stand, with one attack at twice the effort.
 
@@ -153,7 +177,7 @@ def effort_suffices(sheet: Sheet, current: Round, effort: str, seed: int) -> Non
     """
     order = sheet.subject.order
     rows = order[sheet.standing(current.threat, current.radius)[order]][:EFFORT_SAMPLE]
-    if not len(rows) or any(f.id == "no-gradient" for f in sheet.findings):
+    if not len(rows):
         return
     subject, started = sheet.subject, time.perf_counter()
     single = not isinstance(subject.goal, LabelsChanged)

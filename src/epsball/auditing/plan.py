@@ -21,18 +21,21 @@ from epsball.attacks import (
     sigma_zero,
     stadv,
 )
-from epsball.core import AttackLike, Objective, Projects
+from epsball.attacks.blackbox import searches
+from epsball.core import Access, AttackLike, Objective, Projects
 from epsball.errors import BadInput
 from epsball.objectives import cross_entropy, margin
 from epsball.threats import L0, L1, L2, Color, Flow, Linf, Patch, Rigid
 
 EFFORTS = ("fast", "default", "max")
 _STEPS = {"fast": 10, "default": 40, "max": 100}
+QUERIES = {"fast": 300, "default": 2000, "max": 10000}
+"""Most rows per sample and radius that searches without gradients ask."""
 
 
 @dataclass(frozen=True)
 class Stage:
-    """An attack of the cascade and the most gradient rows that it spends on one sample, for the estimate of time."""
+    """An attack of the cascade and the most rows that it spends on one sample, for the estimate of time; with gradients if it takes any."""
 
     attack: AttackLike
     rows: int
@@ -44,7 +47,7 @@ def plan(threat: Projects, effort: str, *, classes: int, single_label: bool, gra
     Args:
         threat: any registered one. effort: fast, default or max. classes: scores per sample.
         single_label: one class per sample; aimed attacks and DLR need that, and 3 classes.
-        gradients: whether any gradient reaches the input; without, only noise is left, and the grid of rigid motions.
+        gradients: whether any gradient reaches the input; without, only noise is left, and the grid of rigid motions; `black_box` follows.
     """
     if effort not in EFFORTS:
         raise BadInput(f"effort '{effort}': unknown: use one of {', '.join(EFFORTS)}")
@@ -63,6 +66,11 @@ def plan(threat: Projects, effort: str, *, classes: int, single_label: bool, gra
     if isinstance(threat, Linf | L2 | L1):
         return (*stages, *_norms(threat, effort, classes if aimed else 0))
     return (*stages, _variable(threat, _steps(threat, effort), (5, 9, 9)[level], classes if aimed else 0), _restarted(threat, effort, 1))
+
+
+def black_box(threat: Projects, access: Access, queries: int) -> tuple[Stage, ...]:
+    """The searches of `epsball.blackbox`, each a stage."""
+    return tuple(Stage(share.attack, share.queries) for share in searches(threat, access, queries))
 
 
 def _restarted(threat: Projects, effort: str, restarts: int, objective: Objective = cross_entropy) -> Stage:

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from epsball.core import Goal, LabelsChanged, Projects, Tally, Victim, valid
+from epsball.core import Access, Goal, LabelsChanged, Projects, Tally, Victim, valid
 from epsball.threats import Added, Composed, Flow, Rigid
 
 Array = np.ndarray[Any, Any]
@@ -115,7 +115,7 @@ class Referee:
         else:
             gap = output.topk(2, dim=1).values.diff(dim=1).abs().squeeze(1)
         thin = (valid(output) & (gap < THIN * output.abs().amax(1).clamp(min=1e-12))).nonzero().squeeze(1)
-        if len(thin) and isinstance(self.victim.model, nn.Module) and self.victim.fixed_batch is None:
+        if len(thin) and isinstance(self.victim.model, nn.Module) and self.victim.access is Access.GRADIENT and not self.victim.fixed_batch:
             output[thin] = self._exact(x[thin]).double()
         return output
 

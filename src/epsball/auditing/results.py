@@ -28,6 +28,7 @@ class Rate(Plain):
     high: float
     count: int
     n: int
+    unknown: int = Field(default=0, description="samples without a finite answer: not in count, but in the high end of the interval")
 
 
 class Flag(Plain):
@@ -43,7 +44,7 @@ class Finding(Plain):
     """One line of the preflight contract check."""
 
     id: str
-    status: Literal["pass", "mended", "warn", "block"]
+    status: Literal["pass", "note", "mended", "warn", "block"]
     message: str
 
 

@@ -13,13 +13,14 @@ from torch import Tensor, nn
 
 from epsball.attacks import fgsm, noise
 from epsball.auditing.cascade import Tick, cascade, eight_bit, planned_rows
-from epsball.auditing.preflight import are_probabilities, look, preflight
+from epsball.auditing.plan import QUERIES
+from epsball.auditing.preflight import are_probabilities, examine, look
 from epsball.auditing.referee import Referee
 from epsball.auditing.results import Finding, ModelReport
 from epsball.auditing.sheet import Sheet, Subject
 from epsball.auditing.verdict import FIXES, model_report
 from epsball.core import Access, Projects, Victim
-from epsball.errors import EpsballError, Refused
+from epsball.errors import BadInput, EpsballError, Refused
 from epsball.objectives import margin
 from epsball.store import evidence
 from epsball.threats import Linf, ThreatSpec, is_input
@@ -55,12 +56,14 @@ class Plan:
     """What is asked of every subject.
 
     `drop` takes samples out of an attack once they are broken; off, it only costs more: no verdict depends on it.
+    `max_queries` replaces the most rows per sample and radius that `effort` allows searches without gradients.
     """
 
     threats: tuple[ThreatSpec, ...]
     effort: str = "default"
     seed: int = 0
     drop: bool = True
+    max_queries: int | None = None
 
 
 @dataclass(frozen=True)
@@ -79,19 +82,25 @@ class _Log(nn.Module):
         self.model = model
 
     def forward(self, x: Tensor) -> Tensor:
-        """log p, finite at p = 0 and with a finite gradient."""
-        p = self.model(x)
-        logarithm: Tensor = p.clamp(min=torch.finfo(p.dtype).tiny).log()
-        return logarithm
+        """log p."""
+        return logarithm(self.model(x))
+
+
+def logarithm(p: Tensor) -> Tensor:
+    """log p, finite at p = 0 and with a finite gradient."""
+    return p.clamp(min=torch.finfo(p.dtype).tiny).log()
 
 
 def prepare(subject: Subject, plan: Plan) -> tuple[Sheet, Referee]:
     """Preflight: checks the contract, mends what is safe, asks all clean outputs once.
 
     Raises:
-        BadInput: the model cannot be asked or scored at all, or a threat does not fit its inputs, in one line.
+        BadInput: the model cannot be asked or scored at all, a threat does not fit its inputs, or a cap on queries does not fit
+            the model, in one line.
     """
     victim, findings = subject.victim, []
+    if plan.max_queries is not None and victim.access is Access.GRADIENT:
+        raise BadInput(f"max_queries: {plan.max_queries}: model '{victim.name}' gives gradients, so --effort sets its cost: leave it out")
     if in_training(victim.model):
         message = "The model arrived in training mode; it is audited in eval mode and put back afterwards."
         findings.append(Finding(id="eval-mode", status="mended", message=message))
@@ -112,12 +121,15 @@ def prepare(subject: Subject, plan: Plan) -> tuple[Sheet, Referee]:
         )
         message = "The model answers with probabilities; their logarithm is used as scores."
         findings.append(Finding(id="probabilities", status="mended", message=message))
+        bench = replace(bench, victim=victim, output=logarithm(bench.output))
     subject = replace(subject, victim=victim)
     referee = Referee(victim)
-    findings += preflight(victim, subject.x[chosen], subject.y[chosen], seed=plan.seed, normalization=subject.normalization)
+    findings += examine(bench, seed=plan.seed, normalization=subject.normalization)
     refuse(findings, victim.name)
+    started = time.perf_counter()
     clean = referee.outputs(subject.x, subject.goal)
-    return Sheet.start(subject, clean, findings, plan.threats), referee
+    pace = (time.perf_counter() - started) / len(clean)
+    return Sheet.start(subject, clean, findings, plan.threats, plan.max_queries or QUERIES[plan.effort], pace), referee
 
 
 def in_training(model: object) -> bool:
@@ -143,7 +155,12 @@ def refuse(findings: Sequence[Finding], name: str) -> None:
 
 
 def most_seconds(sheet: Sheet, effort: str) -> float:
-    """The most time that the plan can take, from the measured cost of a row; threats that compute a lot are measured themselves."""
+    """The most time that the plan can take, from the measured cost of a row; threats that compute a lot are measured themselves.
+
+    A victim without gradients is not asked again for that: the clean outputs have shown its pace.
+    """
+    if not sheet.shown:
+        return sheet.pace * sum(planned_rows(sheet, effort, spec.name) for spec in sheet.threats)
     plain = seconds_per_row(sheet, Linf())
     costs = ((spec, plain if is_input(spec.threat) else seconds_per_row(sheet, spec.threat)) for spec in sheet.threats)
     return sum(planned_rows(sheet, effort, spec.name) * cost for spec, cost in costs)
@@ -152,7 +169,7 @@ def most_seconds(sheet: Sheet, effort: str) -> float:
 def seconds_per_row(sheet: Sheet, threat: Projects) -> float:
     """Measured cost of one gradient row on at most 64 samples."""
     subject, rows = sheet.subject, min(64, len(sheet.subject.x))
-    gradients = not any(f.id == "no-gradient" for f in sheet.findings)
+    gradients = not sheet.found("no-gradient")
     attack = fgsm(threat, objective=margin) if gradients else noise(draws=2, threat=threat)
     spent = []
     for _ in range(2):  # the first call also pays for what libraries set up on first use
@@ -177,15 +194,19 @@ def confirm(sheets: Sequence[tuple[Sheet, Referee]], path: Path, header: dict[st
             x_adv, radius = (torch.from_numpy(arrays[f"{prefix}/{name}"].copy()) for name in ("x_adv", "radius"))
             allowed = sheet.threat(threat)
             z = None if is_input(allowed) else torch.from_numpy(arrays[f"{prefix}/z"].copy())
-            ruling = referee.judge(x, x_adv, sheet.subject.goal.take(rows), allowed, radius, z)
-            lost = rows[~ruling.broken.cpu()]
+            if sheet.shown:
+                kept = referee.judge(x, x_adv, sheet.subject.goal.take(rows), allowed, radius, z).broken.cpu()
+            else:  # the referee has ruled on these very bytes, and its every row may be paid for
+                kept = (x_adv == hits.x_adv[rows].cpu()).flatten(1).all(1)
+            lost = rows[~kept]
             hits.revoke(lost)
             revoked += len(lost)
             if len(lost):
                 message = f"{len(lost)} adversarial inputs under {threat} were not confirmed when read back from disk; they do not count."
                 sheet.findings.append(Finding(id="unconfirmed", status="block", message=message))
         low, high = (torch.as_tensor(bound) for bound in sheet.subject.victim.box)
-        if sheet.subject.x.ndim >= 3 and bool((low == 0).all()) and bool((high == 1).all()):
+        silent = not sheet.shown and sheet.found("raised")
+        if not silent and sheet.subject.x.ndim >= 3 and bool((low == 0).all()) and bool((high == 1).all()):
             eight_bit(sheet, referee)
     if revoked:
         _store(sheets, path, header)
@@ -233,7 +254,7 @@ def audit_subjects(
         raise failed.error from None
     except Exception as error:
         partial = True
-        if not sheets or isinstance(error, EpsballError):
+        if not sheets or (isinstance(error, EpsballError) and not paid_for(sheets)):
             raise
         crashed(sheets, error)
     confirm(sheets, path, header)
@@ -254,6 +275,11 @@ def heard(listener: Callable[[T], None], what: T) -> None:
         listener(what)
     except Exception as error:
         raise Unheard(error) from error
+
+
+def paid_for(sheets: Sequence[tuple[Sheet, Referee]]) -> bool:
+    """An attack on a model without gradients has ended: its rows may have cost money, so even our own errors do not throw it away."""
+    return any(current.attacks for sheet, _ in sheets if not sheet.shown for current in sheet.rounds)
 
 
 def crashed(sheets: Sequence[tuple[Sheet, Referee]], error: Exception) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from epsball.auditing.results import AttackRow, Finding, Flag
-from epsball.core import Goal, Projects, Victim, as_goal, content_ids, valid
+from epsball.core import Access, Goal, Projects, Victim, as_goal, content_ids, valid
 from epsball.store.evidence import Arrays, compact
 from epsball.threats import ThreatSpec
 
@@ -96,7 +96,12 @@ class Round:
 
 @dataclass
 class Sheet:
-    """Everything known about one model so far."""
+    """Everything known about one model so far.
+
+    Attributes:
+        queries: most rows that searches without gradients may ask per sample and radius.
+        pace: seconds that one row forward takes.
+    """
 
     subject: Subject
     clean: Tensor
@@ -104,14 +109,27 @@ class Sheet:
     threats: tuple[ThreatSpec, ...]
     hits: dict[str, Hits]
     rounds: list[Round]
+    queries: int
+    pace: float
     rounded: dict[str, Tensor] = field(default_factory=dict)
 
     @staticmethod
-    def start(subject: Subject, clean: Tensor, findings: list[Finding], threats: tuple[ThreatSpec, ...]) -> Sheet:
+    def start(
+        subject: Subject, clean: Tensor, findings: list[Finding], threats: tuple[ThreatSpec, ...], queries: int, pace: float
+    ) -> Sheet:
         """Nothing attacked yet."""
         hits = {spec.name: Hits.none(subject.x) for spec in threats}
         rounds = [Round(spec.name, r, t) for spec in threats for r, t in zip(spec.radii, spec.texts, strict=True)]
-        return Sheet(subject, clean, findings, threats, hits, rounds)
+        return Sheet(subject, clean, findings, threats, hits, rounds, queries, pace)
+
+    @property
+    def shown(self) -> bool:
+        """The victim shows gradients, dead or alive."""
+        return self.subject.victim.access is Access.GRADIENT
+
+    def found(self, *names: str) -> bool:
+        """A check of one of these names blocked."""
+        return any(f.id in names and f.status == "block" for f in self.findings)
 
     @property
     def correct(self) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from epsball.auditing.results import ClassRate, Flag, ModelReport, Rate, Result
+from epsball.auditing.results import ClassRate, Finding, Flag, ModelReport, Rate, Result
 from epsball.auditing.sheet import Round, Sheet
 from epsball.auditing.statistics import rate
 from epsball.core import valid
@@ -19,7 +19,7 @@ FIXES = {
     "scaling": "Declare the normalization the model was trained with: --mean and --std, or wrap(model, mean=..., std=...).",
     "constant": "Check that weights, class order and input scaling belong together.",
     "gradient": "Attack the scores before softmax and quantization, or replace the dead layer's backward pass.",
-    "no-gradient": "Give a differentiable version of the model, or treat it as a black box.",
+    "no-gradient": "Give a differentiable version of the model, or say that attackers see scores only: wrap(model, access=Access.SCORES).",
 }
 
 
@@ -49,10 +49,24 @@ def model_report(sheet: Sheet) -> ModelReport:
         clean_per_class=per_class(sheet, sheet.correct, invalid),
         invalid=unknown,
         box=(float(torch.as_tensor(box[0]).min()), float(torch.as_tensor(box[1]).max())),
-        findings=sheet.findings,
+        findings=sheet.findings if sheet.shown else [*sheet.findings, black_box_note(sheet)],
         flags=flags,
         results=[result(sheet, current, invalid, blocked=any(f.severity == "block" for f in flags)) for current in sheet.rounds],
     )
+
+
+def black_box_note(sheet: Sheet) -> Finding:
+    """What the verdict on a model without gradients rests on, what it cost, and why there were no gradients."""
+    subject = sheet.subject
+    asked = sum(row.forwards for current in sheet.rounds for row in current.attacks)
+    each = asked / max(int(sheet.correct.sum()) * sum(current.finished for current in sheet.rounds), 1)
+    message = (
+        f"The model gives {subject.victim.access.name.lower()} only, so only black-box searches ran, with at most {sheet.queries:,} "
+        f"queries per sample and radius, {each:,.0f} on average: robust accuracy is an upper bound that no attack with gradients "
+        "has tested. Checks of gradients were skipped."
+    )
+    said = [note.removeprefix(f"{subject.victim.name}: ") for note in subject.notes]
+    return Finding(id="black-box", status="note", message=message + (f" The model as read: {'; '.join(said)}." if said else ""))
 
 
 def result(sheet: Sheet, current: Round, invalid: Tensor, blocked: bool) -> Result:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from epsball.cli.reproduce import EXAMPLES, reproduce
+from epsball.cli.served import Asked, RateLimit, Timeout, TokenEnv, endpoint_of, with_token
 
 if TYPE_CHECKING:
     from epsball.auditing.results import Report
@@ -37,7 +38,11 @@ class Effort(StrEnum):
 
 
 ModelArg = Annotated[
-    str | None, typer.Argument(metavar="[MODEL]", help="package.module:factory, file.py:factory, a .pt2 or .onnx file, or a builtin name.")
+    str | None,
+    typer.Argument(
+        metavar="[MODEL]",
+        help="package.module:factory, file.py:factory, a .pt2 or .onnx file, http://HOST/v2/models/NAME, or a builtin name.",
+    ),
 ]
 Weights = Annotated[
     str | None, typer.Option("--weights", "-w", metavar="FILE", help="A .safetensors file or a torch checkpoint with plain tensors.")
@@ -75,7 +80,8 @@ def _root(ctx: typer.Context, version: Annotated[bool, typer.Option("--version",
 @app.command(
     epilog="Examples: epsball audit | epsball audit net.py:make -w net.safetensors "
     "-d mnist.npz --threat linf:0.1,0.2 --threat l2:2 -n 1000 "
-    "| epsball audit digits-robust --fail-under 40 --json"
+    "| epsball audit digits-robust --fail-under 40 --json "
+    "| epsball audit https://HOST/v2/models/NAME --token-env NAME_TOKEN -d x.npz"
 )
 def audit(
     model: ModelArg = None,
@@ -109,7 +115,19 @@ def audit(
     layout: Layout = "auto",
     device: Device = "cpu",
     batch_size: Batch = "auto",
+    max_queries: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            min=1,
+            help="For a model without gradients: most rows per sample and radius that the search asks; by effort 300, 2000 or 10000.",
+        ),
+    ] = None,
     trust_code: Trust = False,
+    token_env: TokenEnv = None,
+    timeout: Timeout = None,
+    rate_limit: RateLimit = None,
+    endpoint: Asked = None,
     as_json: AsJson = False,
 ) -> None:
     """Say how robust a model is: attacks, a referee, intervals, and a report with evidence. Without MODEL: two digit classifiers."""
@@ -118,9 +136,19 @@ def audit(
     from epsball.models.digits import NAMES
 
     dataset = _data(data, n, seed, split, layout, box, classes)
-    options = _model_options(weights, mean, std, box, outputs, trust_code)
-    if model is None and options != _model_options(None, None, None, "0,1", "logits", False):
-        raise typer.BadParameter("--weights, --mean, --std, --box, --outputs and --trust-code describe a MODEL: name it first")
+    options = _model_options(
+        weights,
+        mean,
+        std,
+        box,
+        outputs,
+        trust_code,
+        endpoint_of(token_env, timeout, rate_limit, _options(endpoint or [], "--endpoint", "retries=3")),
+    )
+    if model is None and options != _model_options(None, None, None, "0,1", "logits", False, None):
+        raise typer.BadParameter(
+            "--weights, --mean, --std, --box, --outputs, --trust-code and options of addresses describe a MODEL: name it first"
+        )
     _writable("junit", junit)
     loaded = [_model(source, device, batch_size, options if model else {}) for source in ([model] if model else NAMES)]
     with Live() as live:
@@ -132,6 +160,7 @@ def audit(
             seed=seed,
             out=out,
             batch_size=_batch(batch_size),
+            max_queries=max_queries,
             progress=live,
             command=_command(),
         )
@@ -210,6 +239,10 @@ def attack(
     device: Device = "cpu",
     batch_size: Batch = "auto",
     trust_code: Trust = False,
+    token_env: TokenEnv = None,
+    timeout: Timeout = None,
+    rate_limit: RateLimit = None,
+    endpoint: Asked = None,
     as_json: AsJson = False,
 ) -> None:
     """Run one attack at one radius and say what it broke; for a verdict, use audit."""
@@ -225,7 +258,8 @@ def attack(
     search = get(name, threat=spec.threat, **options)
     _writable("save", save)
     dataset = _data(data, n, seed, split, layout, box, classes)
-    loaded = _model(model, device, batch_size, _model_options(weights, mean, std, box, outputs, trust_code))
+    asked = endpoint_of(token_env, timeout, rate_limit, _options(endpoint or [], "--endpoint", "retries=3"))
+    loaded = _model(model, device, batch_size, _model_options(weights, mean, std, box, outputs, trust_code, asked))
     told = run_attack(search, loaded, dataset, spec.radii[0], target, seed, save)
     if as_json:
         sys.stdout.write(json.dumps(told) + "\n")
@@ -240,6 +274,7 @@ def verify(
     model: Annotated[
         list[str] | None, typer.Option("--model", help="Where the model is now, once per model; as in the run by default.")
     ] = None,
+    token_env: TokenEnv = None,
     as_json: AsJson = False,
 ) -> None:
     """Re-check a run's claims from its evidence: loads the models afresh, one forward pass, no attack."""
@@ -248,10 +283,11 @@ def verify(
     from epsball.report.text import radius_of
     from epsball.store import evidence
 
-    for settings in [] if model else evidence.header(run / evidence.NAME)["models"]:
+    stored = evidence.header(run / evidence.NAME)["models"]
+    for settings in [] if model else stored:
         if ":" in settings["spec"].get("source", ""):  # a factory: code of whoever wrote the file that it names
             typer.echo(f"loading {settings['spec']['source']}, as the run says; --model names another", err=True)
-    lines = check(run, model)
+    lines = check(run, model if token_env is None else with_token([settings["spec"] for settings in stored], model, token_env))
     if as_json:
         rows = [{**vars(line), "holds": line.holds} for line in lines]
         sys.stdout.write(json.dumps({"run": str(run), "holds": all(line.holds for line in lines), "claims": rows}) + "\n")
@@ -357,13 +393,13 @@ def _batch(text: str) -> int | None:
     return int(text)
 
 
-def _options(pairs: list[str]) -> dict[str, Any]:
+def _options(pairs: list[str], option: str = "--set", example: str = "steps=100") -> dict[str, Any]:
     """NAME=VALUE words; values are numbers or true/false where they look like it, else words."""
     found: dict[str, Any] = {}
     for pair in pairs:
         name, equals, value = pair.partition("=")
         if not equals:
-            raise typer.BadParameter(f"--set '{pair}': write NAME=VALUE, as steps=100")
+            raise typer.BadParameter(f"{option} '{pair}': write NAME=VALUE, as {example}")
         try:
             found[name.strip()] = json.loads(value)
         except json.JSONDecodeError:
@@ -371,7 +407,9 @@ def _options(pairs: list[str]) -> dict[str, Any]:
     return found
 
 
-def _model_options(weights: str | None, mean: str | None, std: str | None, box: str, outputs: str, trust_code: bool) -> dict[str, Any]:
+def _model_options(
+    weights: str | None, mean: str | None, std: str | None, box: str, outputs: str, trust_code: bool, endpoint: dict[str, Any] | None
+) -> dict[str, Any]:
     return {
         "weights": weights,
         "mean": _floats("mean", mean),
@@ -379,6 +417,7 @@ def _model_options(weights: str | None, mean: str | None, std: str | None, box: 
         "box": _box(box),
         "outputs": outputs,
         "trust_code": trust_code,
+        "endpoint": endpoint,
     }
 
 

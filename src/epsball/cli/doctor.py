@@ -16,6 +16,8 @@ _EXTRAS = {
     "datasets": "hf: data (extra hf)",
     "transformers": "Hugging Face models (extra hf)",
     "onnxruntime": "ONNX files (extra onnx)",
+    "httpx": "models behind an address (extra http)",
+    "jax": "JAX functions (extra jax)",
     "torchvision": "nothing of epsball, but maybe your model (extra vision)",
     "torchaudio": "nothing of epsball, but maybe your model",
 }

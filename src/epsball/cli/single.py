@@ -16,6 +16,7 @@ from epsball.core import AttackLike, Targeted, as_goal, valid
 from epsball.data import Dataset
 from epsball.door import Loaded
 from epsball.errors import BadInput
+from epsball.models import told
 from epsball.models.digits import NAMES
 from epsball.objectives import OBJECTIVES
 from epsball.threats import THREATS, is_input
@@ -108,6 +109,7 @@ def run_attack(
         "forwards": int(outcome.queries.sum()),
         "backwards": int(outcome.backwards.sum()),
         "seed": seed,
+        **({"notes": notes} if (notes := told(victim)) else {}),
     }
 
 

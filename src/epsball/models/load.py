@@ -7,7 +7,7 @@ import importlib
 import importlib.util
 import random
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from itertools import chain
@@ -24,10 +24,11 @@ from epsball.data.files import one_line, regular_file
 from epsball.data.pixels import check_box
 from epsball.errors import BadInput
 from epsball.models.adapt import Adapted, Outputs
+from epsball.models.http import Endpoint, HttpModel, is_address
 from epsball.models.sklearn import Estimator, is_estimator, load_estimator
 from epsball.models.weights import TORCH_SUFFIXES, check_finite, load_weights
 
-FORMS = "package.module:function, file.py:function, a .pt2, .onnx or .joblib file or a builtin name"
+FORMS = "package.module:function, file.py:function, a .pt2, .onnx or .joblib file, http://HOST/v2/models/NAME or a builtin name"
 WHOLE = (".pt2", ".onnx", ".joblib")
 """Files that carry their own weights."""
 
@@ -47,6 +48,7 @@ class ModelSpec:
     outputs: Outputs = "logits"
     class_order: tuple[int, ...] | None = None
     trust_code: bool = False
+    endpoint: Mapping[str, Any] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Only strings, numbers, lists, booleans and None."""
@@ -54,7 +56,7 @@ class ModelSpec:
 
     @staticmethod
     def from_dict(values: dict[str, Any], *, trust_code: bool = False) -> ModelSpec:
-        """The inverse of `to_dict`, except for trust: a stored file cannot grant it, only the caller can.
+        """The inverse of `to_dict`, except for trust and for tokens: a stored file cannot grant them, only the caller can.
 
         Raises:
             BadInput: unknown or missing fields, or values of the wrong type.
@@ -69,6 +71,8 @@ class ModelSpec:
         for name, kind in (("mean", float), ("std", float), ("box", float), ("class_order", int)):
             if plain.get(name) is not None:
                 plain[name] = _numbers(name, plain[name], kind)
+        if plain.get("endpoint") is not None:
+            plain["endpoint"] = Endpoint.of(plain["endpoint"]).stored()
         if "box" in plain:
             plain["box"] = check_box(plain["box"])
         return ModelSpec(**plain)
@@ -170,7 +174,7 @@ def _refuse(source: str) -> None:
     """Sources that look like something else than what is supported, each with its way out."""
     suffix = Path(source).suffix.lower()
     if "://" in source:
-        raise BadInput(f"model: {source!r} is an address, not supported yet; export with torch.export to a .pt2 file and give its path")
+        raise BadInput(f"model: {source!r} is an address of another kind than http://HOST/v2/models/NAME; give one, or a file")
     if suffix == ".py":
         raise BadInput(f"model: {source!r} names no function; give {source}:FUNCTION, which returns the model")
     if suffix == ".safetensors" or suffix in TORCH_SUFFIXES:
@@ -203,7 +207,12 @@ def _open_file(source: str, trust_code: bool) -> _Opened:
     return _Opened(estimator, [f"{Path(source).name} is a pickle that was trusted", *estimator.notes], access=estimator.access)
 
 
-def _open(source: str, trust_code: bool) -> _Opened:
+def _open(source: str, trust_code: bool, endpoint: Endpoint | Mapping[str, Any] | None) -> _Opened:
+    if is_address(source):
+        served = HttpModel(source, endpoint)
+        return _Opened(served, served.notes(), access=served.access)
+    if endpoint is not None:
+        raise BadInput(f"endpoint: given, but {source!r} is no address; leave it out or give http://HOST/v2/models/NAME")
     if source.lower().endswith(WHOLE):
         return _open_file(source, trust_code)
     _refuse(source)
@@ -213,6 +222,8 @@ def _open(source: str, trust_code: bool) -> _Opened:
         if is_estimator(made):
             estimator = Estimator(made)
             return _Opened(estimator, [*notes, *estimator.notes], access=estimator.access)
+        if isinstance(made, HttpModel):
+            return _Opened(made, [*notes, *made.notes()], access=made.access)
         return _Opened(made, notes)
     known = builtin_models()
     if source not in known:
@@ -231,18 +242,21 @@ def load_model(
     outputs: Outputs = "logits",
     class_order: Sequence[int] | None = None,
     trust_code: bool = False,
+    endpoint: Endpoint | Mapping[str, Any] | None = None,
 ) -> tuple[Adapted, list[str]]:
     """Load a model, adapt it, and say in sentences what was done.
 
     Args:
         source: ``package.module:function`` or ``file.py:function`` (called without arguments; the working folder or the file's
             own folder is importable meanwhile), a ``.pt2`` file of `torch.export`, an ``.onnx`` file, a ``.joblib`` file of a
-            scikit-learn estimator (needs ``trust_code``), or a builtin name. A function may also return an estimator.
+            scikit-learn estimator (needs ``trust_code``), an address ``http://HOST/v2/models/NAME`` of a server that speaks the Open
+            Inference Protocol v2, or a builtin name. A function may also return an estimator.
         weights: a ``.safetensors`` file or a torch checkpoint, loaded strictly; wrappers such as {"state_dict": ...} and
             prefixes such as ``module.`` are removed.
         mean, std, outputs, class_order: as in `Adapted`.
         box: the range of valid inputs, low < high; only checked here.
         trust_code: allow files that run code when loaded (pickles).
+        endpoint: how an address is asked, an `Endpoint` or its options as a mapping; for addresses only.
 
     Returns:
         The model in eval mode, and notes. Global random generators are left as they were.
@@ -255,18 +269,19 @@ def load_model(
     if not isinstance(source, str) or not source:
         raise BadInput(f"model: {source!r} is no source; give {FORMS}")
     with _quiet_randomness():
-        opened = _open(source, trust_code)
+        opened = _open(source, trust_code, endpoint)
         made, notes = opened.model, opened.notes
         adapted = Adapted(made, mean, std, outputs, class_order, opened.fixed_batch, opened.access)
         if weights is not None:
-            if source.lower().endswith(WHOLE):
+            if source.lower().endswith(WHOLE) or is_address(source):
                 raise BadInput(f"weights: {weights!r} given, but {source!r} carries its own; leave --weights out")
             if not isinstance(made, nn.Module) or isinstance(made, Estimator):
                 raise BadInput(f"weights: {weights!r} given, but {source!r} returns a plain function or an estimator; return an nn.Module")
             notes += load_weights(made, weights, trust_code)
     if weights is None:
         check_finite(chain(adapted.module.named_parameters(), adapted.module.named_buffers()), source)
-        if isinstance(made, nn.Module) and not isinstance(made, Estimator) and ":" in source and not source.lower().endswith(WHOLE):
+        own = isinstance(made, nn.Module) and not isinstance(made, (Estimator, HttpModel))
+        if own and ":" in source and not source.lower().endswith(WHOLE):
             notes.append("no weights file was given: the model has the weights that its function gave it")
     if adapted.normalizes:
         notes.append(f"inputs are normalized by mean {_show(adapted.mean)} and std {_show(adapted.std)} inside the model")

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from epsball.core import Access, Victim
 from epsball.models.adapt import Adapted, Outputs
+from epsball.models.http import HttpModel
 from epsball.models.load import ModelSpec
 from epsball.models.load import load_model as load_adapted
 from epsball.models.sklearn import Classifier, Estimator
@@ -30,7 +31,7 @@ def wrap(
 
     Args:
         model: any module or function of a batch; tuples, dictionaries, objects with `.logits` and single logits are read too,
-            and so is a fitted scikit-learn classifier, which gives scores or labels but no gradients.
+            and so are a fitted scikit-learn classifier and an `HttpModel`, which give scores or labels but no gradients.
         mean, std: the normalization that the model expects, applied inside, so that radii are in units of the box.
         box: legal input range. outputs: "logits", "probabilities" or "multilabel".
         class_order: column i of the result is the model's column `class_order[i]`.
@@ -43,28 +44,30 @@ def wrap(
     'tiny'
     """
     module = model if callable(model) else Estimator(model)
-    most = module.access if isinstance(module, Estimator) else Access.GRADIENT
+    most = module.access if isinstance(module, (Estimator, HttpModel)) else Access.GRADIENT
     adapted = module if isinstance(module, Adapted) else Adapted(module, mean, std, outputs, class_order, access=most)
+    what = model if isinstance(module, Estimator) else adapted.module
     return Victim(
         adapted,
         box=box,
         access=min(access, adapted.access),
         batch_size=batch_size,
         fixed_batch=adapted.fixed_batch,
-        name=name or type(model if isinstance(module, Estimator) else adapted.module).__name__,
+        name=name or (module.address.name if isinstance(module, HttpModel) else type(what).__name__),
     )
 
 
 def load_model(
     source: str, weights: str | None = None, *, name: str | None = None, batch_size: int | None = None, **options: Any
 ) -> Victim:
-    """A model from its source, ready to attack: `package.module:function`, `file.py:function`, a file or a builtin name.
+    """A model from its source, ready to attack: `package.module:function`, `file.py:function`, a file, an address or a builtin name.
 
     Files: a `.pt2` program of `torch.export`, an `.onnx` graph (extra onnx), a `.joblib` estimator (needs `trust_code`).
+    Addresses: `http://HOST/v2/models/NAME` of a server that speaks the Open Inference Protocol v2 (extra http).
 
     Args:
         source, weights: as in `epsball.models.load.load_model`, and so are the other options: mean, std, box, outputs,
-            class_order, trust_code.
+            class_order, trust_code, endpoint.
         name: how reports call it; the source by default. batch_size: most rows per call.
 
     Raises:
@@ -89,3 +92,9 @@ def normalization(victim: Victim, ndim: int) -> tuple[Tensor, Tensor] | None:
         return None
     shape = (1, -1, *[1] * (ndim - 2))
     return model.mean.view(shape), model.std.view(shape)
+
+
+def told(victim: Victim) -> list[str]:
+    """What a model has to say once it was asked: rows sent and answers that stayed unknown, of a model behind an address."""
+    model = victim.model.module if isinstance(victim.model, Adapted) else victim.model
+    return model.tell() if isinstance(model, HttpModel) else []

@@ -1,0 +1,179 @@
+"""The black-box recipe: which searches without gradients run, in which order, on how much of a budget of queries."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import Tensor
+
+from epsball.attacks.combine import Cascade, Restarts, opened
+from epsball.attacks.hop_skip_jump import hop_skip_jump
+from epsball.attacks.noise import noise
+from epsball.attacks.rays import rays
+from epsball.attacks.registry import EVERY, register
+from epsball.attacks.simba import simba
+from epsball.attacks.sparse_rs import sparse_rs
+from epsball.attacks.spatial import rotation_translation
+from epsball.attacks.square import square
+from epsball.core import Attack, AttackLike, Goal, Key, Model, Outcome, Problem, Projects, Reading, Victim, Watch
+from epsball.core.attack import recipe
+from epsball.core.descent import Strategy
+from epsball.core.victim import Access
+from epsball.errors import BadInput
+from epsball.threats import L0, L1, L2, Linf, Rigid
+
+ENOUGH = 1000
+"""Queries from which on a second kind of search gets a share: with fewer, cutting the first one short loses more."""
+_L1_STEP = 0.5  # of SimBA under L1: a quarter of the radius breaks most at radius 2, all of it as many at radius 1
+_EDGE = 1e6  # a step of SimBA that ends at the edge of any ball
+
+
+@register(
+    paper="epsball; parts: Square arXiv 1912.00049, SimBA 1905.07121, Sparse-RS 2006.12834, RayS 2006.12792, HopSkipJump 1904.02144",
+    access=Access.LABELS,
+    threats=EVERY,
+    cost="at most budget forwards, the clean answer included",
+)
+def blackbox(budget: int = 1000, threat: Projects | None = None) -> BlackBox:
+    """The searches without gradients that break most per query, in turn, each on the samples that still stand.
+
+    What runs hangs on what the victim shows; of a victim with gradients only scores are asked.
+
+    | threat | scores | labels |
+    |---|---|---|
+    | Linf | Square; from 1,000 queries on a quarter for SimBA | RayS; a quarter for HopSkipJump likewise |
+    | L2 | Square; from 1,000 queries on a quarter for HopSkipJump | HopSkipJump |
+    | L1 | SimBA, its moves projected onto the L1 ball | random points of the ball |
+    | L0, pixels or features | Sparse-RS | random sets, at corners of the box |
+    | rigid | an even grid, as fine as the budget allows | the same |
+    | others | random points of the ball | the same |
+
+    Args:
+        budget: queries per sample, the clean answer included; never exceeded. threat: any; Linf unless given.
+
+    Returns:
+        The attack; its name is `blackbox`. A sample is not asked about any more once it is broken.
+
+    Raises:
+        BadInput: budget below 2.
+
+    Cost: at most budget forwards, the clean answer included, no backward.
+
+    >>> blackbox(budget=100).name
+    'blackbox'
+    """
+    if budget < 2:
+        raise BadInput(f"budget: {budget}: must be 2 or more queries per sample, for the clean answer is one")
+    return BlackBox(threat or Linf(), budget)
+
+
+@dataclass(frozen=True)
+class Share:
+    """A search and the most queries that it asks for one sample."""
+
+    attack: AttackLike
+    queries: int
+
+
+def searches(threat: Projects, access: Access, queries: int) -> tuple[Share, ...]:
+    """The searches of `blackbox` for what the victim shows, which together ask at most `queries` beside the clean answer."""
+    found = _by_labels if access is Access.LABELS else _by_scores
+    return tuple(found(threat, queries))
+
+
+def _by_scores(threat: Projects, queries: int) -> Iterator[Share]:
+    if isinstance(threat, Linf | L2):
+        last = queries // 4 if queries >= ENOUGH else 0
+        yield Share(square(queries - last, threat=threat), queries - last)
+        if last:
+            yield Share(simba(last, step=_EDGE, threat=threat) if isinstance(threat, Linf) else _hop(last, threat), last)
+    elif isinstance(threat, L1):
+        yield Share(replace(simba(queries, step=_L1_STEP), threat=threat), queries)
+    elif isinstance(threat, L0):
+        yield Share(sparse_rs(queries, threat=threat), queries)
+    else:
+        yield from _anywhere(threat, queries)
+
+
+def _by_labels(threat: Projects, queries: int) -> Iterator[Share]:
+    if isinstance(threat, Linf):
+        last = queries // 4 if queries >= ENOUGH else 0
+        yield Share(first_success(rays(queries - last, threat=threat)), queries - last)
+        if last:
+            yield Share(_hop(last, threat), last)
+    elif isinstance(threat, L2):
+        yield Share(_hop(queries, threat), queries)
+    elif isinstance(threat, L0):  # one random set of corners after the other: nothing tells which of them is better
+        yield Share(Restarts(sparse_rs(1, threat=threat), queries), queries)
+    else:
+        yield from _anywhere(threat, queries)
+
+
+def _hop(queries: int, threat: Projects) -> AttackLike:
+    """HopSkipJump with estimates a fifth as long as the paper's: with a thousand queries, many rough steps beat a few good ones."""
+    return first_success(hop_skip_jump(queries, draws=20, tries=20, threat=threat))
+
+
+def _anywhere(threat: Projects, queries: int) -> Iterator[Share]:
+    """A grid of rigid motions, two queries of which are spent on the identity; random points of other balls."""
+    points = queries - 2
+    if isinstance(threat, Rigid) and points > 0:
+        shifts = max(side for side in (1, 3, 5, 7, 9, 11) if side == 1 or 6 * side**3 <= points)
+        yield Share(rotation_translation(points // shifts**2, shifts, threat), points // shifts**2 * shifts**2 + 2)
+    else:
+        yield Share(noise(queries, threat=threat), queries)
+
+
+def first_success(attack: Attack) -> Attack:
+    """A label-only search for the smallest change as one for any change within the radius."""
+    return replace(attack, strategy=FirstSuccess(attack.strategy), smallest=False)
+
+
+@dataclass(frozen=True)
+class FirstSuccess:
+    """Ends a label-only search for a sample with the query that breaks it, or with the last of its budget."""
+
+    search: Strategy
+
+    def init(self, problem: Problem, steps: int) -> Any:
+        """The search's own, content with the radius."""
+        state = self.search.init(problem, steps)
+        return replace(state, found=replace(state.found, enough=problem.radius))
+
+    def step(self, problem: Problem, state: Any) -> tuple[Reading, Any]:
+        """What the search has found after its move, not before."""
+        _, after = self.search.step(problem, state)
+        return replace(after.found.reading(problem), over=after.found.left(problem) <= 0), after
+
+
+@dataclass(frozen=True, repr=False)
+class BlackBox:
+    """See `blackbox`."""
+
+    threat: Projects
+    budget: int
+    name: str = "blackbox"
+
+    def __call__(
+        self,
+        model: Model,
+        x: Tensor,
+        goal: Goal | Tensor,
+        radius: float | Tensor,
+        seed: int | Key = 0,
+        *,
+        clean: Tensor | None = None,
+        drop: bool = True,
+        watch: Watch | None = None,
+    ) -> Outcome:
+        """As `Attack.__call__`."""
+        with Victim.of(model) as victim:
+            case = opened(victim, x, goal, radius, clean)
+            parts = Cascade(tuple(s.attack for s in searches(self.threat, victim.access, self.budget - 1)), self.name)
+            outcome = parts(victim, case.x, case.goal, case.radius, seed, clean=case.clean, drop=drop, watch=watch)
+        return replace(outcome, queries=outcome.queries + case.queries)
+
+    def __repr__(self) -> str:
+        return recipe(self)
