@@ -43,7 +43,7 @@ def boundary(
 
     Args:
         steps: queries per sample. sideways: first delta. toward: first eps; shares of the distance to x.
-        tries: random directions that are tried for a nearer start, one query each where there is none.
+        tries: random directions that are tried for a nearer start, one query each where there is none; at most a tenth of steps.
         starts: (N, ...) inputs to start from, tried nearest first; a `Targeted` goal wants some of the target's class.
         threat: L2.
 
@@ -95,7 +95,7 @@ class Walk:
         return state.found.reading(problem), replace(after, number=state.number + 1)
 
     def _begin(self, problem: Problem, state: _Walking) -> _Walking:
-        found = start_near(problem, state.found, self.starts, self.tries)
+        found = start_near(problem, state.found, self.starts, min(self.tries, self.budget // 10))
         ones = torch.ones_like(problem.radius)
         _, found = bisect(problem, found, inward_path(problem, found.z), 0 * ones, ones, 1e-3 * ones, found.some)
         return replace(state, found=found)

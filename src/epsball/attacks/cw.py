@@ -202,9 +202,9 @@ class Shrinking:
     After `tries` rounds in vain, each with `growth` times the weight, the factor is replaced by its root; above 0.99 it is over.
     """
 
-    factor: float = 0.9
+    factor: float = 0.5
     growth: float = 2.0
-    tries: int = 4
+    tries: int = 2
     first: float = 0.03
     returns: bool = False
 
@@ -332,10 +332,11 @@ def cw_l2(steps: int = 50, rounds: int = 9, kappa: float = 0.0, step: float = 0.
     cost="at most steps * rounds forwards and backwards",
 )
 def cw_linf(steps: int = 20, rounds: int = 40, kappa: float = 0.0, step: float = 0.1, threat: Projects | None = None) -> Attack:
-    """Carlini & Wagner's Linf attack: min sum max(0, |change| - tau) + c max(kappa - margin, 0), tau falling by 0.9 per success.
+    """Carlini & Wagner's Linf attack: min sum max(0, |change| - tau) + c max(kappa - margin, 0), tau falling with each success.
 
-    Differences from the released code: c starts where push and pull are of like size instead of 1e-5; where c was doubled in
-    vain, tau is tried again closer (0.95, 0.97, 0.99 of the last success) before the search ends; steps shrink with tau.
+    Differences from the released code: c starts where push and pull are of like size instead of 1e-5; tau halves at a success instead
+    of falling by a tenth, and where c was doubled in vain it is tried again closer to the last success before the search ends;
+    steps shrink with tau.
 
     Args:
         steps: looks of a round, at most. rounds: most rounds (pairs of tau and c). kappa, step: as for `cw_l2`.

@@ -168,7 +168,8 @@ class Boundary:
         p, q, onto, _ = _geometry(problem.threat)
         own, others = crossings(problem.goal, s.trail.output, others)
         plane = nearest_plane(problem, z, own, others, q)
-        working = torch.promote_types(z.dtype, torch.float32)
+        # Under L1 a few steep features decide, where a gradient of float32 leaves the rest too small to add up.
+        working = torch.float64 if isinstance(problem.threat, L1) else torch.promote_types(z.dtype, torch.float32)
         x, at, w, low, high = (t.to(working).flatten(1) for t in (problem.x, z, plane.slope, *limits(problem)))
         value = plane.value.to(working)
         box = (torch.cat([low, low]), torch.cat([high, high]))

@@ -8,17 +8,20 @@ from dataclasses import dataclass, replace
 from epsball.attacks import (
     Cascade,
     EveryTarget,
+    Restarts,
     apgd,
     apgd_dlr,
     apgd_t,
     by_logit,
     corners,
+    nearest,
     noise,
     outside_in,
     pgd,
     recoloradv,
     rotation_translation,
     sigma_zero,
+    sparse_rs,
     stadv,
 )
 from epsball.attacks.blackbox import searches
@@ -79,10 +82,15 @@ def _restarted(threat: Projects, effort: str, restarts: int, objective: Objectiv
 
 
 def _pixels(threat: L0, effort: str) -> Iterator[Stage]:
-    """Corners and sigma-zero find pixels whose gradients are small at first; which ones PGD_0 settles on hangs on where it starts."""
+    """Corners and sigma-zero find pixels whose gradients are small at first; which ones PGD_0 settles on hangs on where it starts.
+
+    Of few pixels random search tries so many sets that gradients, which only tell of small changes, find no more.
+    """
     steps, restarts = _steps(threat, effort), (1, 2, 5)[EFFORTS.index(effort)]
     for search in (corners(2 * steps, threat=threat), sigma_zero(8 * steps, threat=threat)):
         yield Stage(replace(search, smallest=False), search.steps)  # any success within the radius will do
+    yield Stage(nearest(6 * steps, threat), 6 * steps)  # its way by L1 finds what those miss on networks trained against Linf
+    yield Stage(sparse_rs(25 * steps, threat=threat), 13 * steps)
     yield Stage(pgd(3 * steps, restarts=restarts, threat=threat, objective=margin), 3 * steps * restarts)
 
 
@@ -111,7 +119,9 @@ def _norms(threat: Projects, effort: str, classes: int) -> Iterator[Stage]:
     level, steps = EFFORTS.index(effort), _steps(threat, effort)
     restarts = (1, 1, 3)[level]
     if level == 2 or not isinstance(threat, Linf):
-        yield Stage(outside_in(_walk(effort), threat), _walk(effort) + 100)
+        # Where a walk ends hangs on where it starts: several short ones break more than a long one.
+        walks = (1, 3, 5)[level]
+        yield Stage(Restarts(outside_in(_walk(effort), threat), walks), walks * (_walk(effort) + 40))
     if classes:
         targets = min((5, 9, 9)[level], classes - 1)
         # Aimed at the margin, not at targeted DLR: on robust models it breaks more in the same steps.
@@ -144,7 +154,7 @@ def _steps(threat: Projects, effort: str) -> int:
 
 def _walk(effort: str) -> int:
     """Steps inward; below about 40 the walk is too steep to follow the boundary."""
-    return 50 + 3 * _STEPS[effort]
+    return 60 + _STEPS[effort]
 
 
 def deeper(threat: Projects, effort: str, *, classes: int, single_label: bool) -> AttackLike:
@@ -152,7 +162,8 @@ def deeper(threat: Projects, effort: str, *, classes: int, single_label: bool) -
     steps, aimed = 2 * _steps(threat, effort), single_label and classes >= 3
     if isinstance(threat, L0):
         wide = replace(sigma_zero(8 * steps, threat=threat), smallest=False)
-        return Cascade((wide, pgd(3 * steps, restarts=2, threat=threat, objective=margin)), "sigma_zero and pgd")
+        random = sparse_rs(25 * steps, threat=threat)
+        return Cascade((wide, random, pgd(3 * steps, restarts=2, threat=threat, objective=margin)), "sigma_zero, sparse_rs and pgd")
     level = EFFORTS.index(effort)
     if isinstance(threat, Rigid):
         return apgd(steps, (2, 6, 10)[level], threat=threat, objective=margin)
@@ -166,7 +177,8 @@ def deeper(threat: Projects, effort: str, *, classes: int, single_label: bool) -
         strongest = apgd(3 * steps, threat=threat, objective=margin)
     if isinstance(threat, Linf):
         return strongest
-    return Cascade((outside_in(2 * _walk(effort), threat), strongest), f"outside_in and {strongest.name}")
+    walks = Restarts(outside_in(2 * _walk(effort), threat), (1, 3, 5)[level])
+    return Cascade((walks, strongest), f"outside_in and {strongest.name}")
 
 
 def default_threats(shape: tuple[int, ...], width: float) -> list[str]:
