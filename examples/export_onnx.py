@@ -11,4 +11,6 @@ from epsball.models.digits import load
 if __name__ == "__main__":
     x = torch.zeros(1, 1, 8, 8)
     axes = {"x": {0: "batch"}, "scores": {0: "batch"}}
-    torch.onnx.export(load("digits-standard"), (x,), sys.argv[1], dynamo=False, input_names=["x"], output_names=["scores"], dynamic_axes=axes)
+    torch.onnx.export(
+        load("digits-standard"), (x,), sys.argv[1], dynamo=False, input_names=["x"], output_names=["scores"], dynamic_axes=axes
+    )

@@ -30,9 +30,10 @@ ALLOWED: dict[str, set[str]] = {
     "report": BASE | {"report", "auditing.results"},
     "data": BASE | {"data"},
     "models": BASE | {"core", "models", "data"},  # both are adapters at the edge: files and boxes are checked alike
-    "auditing": ATTACK_SIDE | {"attacks", "auditing", "store"},
+    "auditing": ATTACK_SIDE | {"attacks", "auditing", "certify", "store"},
+    "defenses": ATTACK_SIDE | {"attacks", "models", "data", "defenses"},
     "corruptions": BASE | {"corruptions"},
-    "certify": ATTACK_SIDE | {"certify"},
+    "certify": BASE | {"core", "threats", "models", "certify"},
     "explain": ATTACK_SIDE | {"explain"},
     "reproduce": ATTACK_SIDE
     | {"attacks", "data", "models", "reproduce", "auditing.statistics"}

@@ -23,6 +23,7 @@ from epsball.auditing.results import Report
 from epsball.auditing.run import Plan, Progress, audit_subjects
 from epsball.auditing.sheet import Subject
 from epsball.auditing.verify import Line, check_model
+from epsball.certify.bracket import METHODS
 from epsball.core import Victim
 from epsball.data import Dataset, from_arrays, load_data
 from epsball.data.sample import subset
@@ -152,6 +153,7 @@ def audit(
     batch_size: int | None = None,
     drop: bool = True,
     max_queries: int | None = None,
+    certify: str | None = None,
     progress: Progress | None = None,
     command: str = "",
 ) -> Report:
@@ -167,6 +169,7 @@ def audit(
         batch_size: most rows per call. drop: stop working on a sample once it is broken; no verdict depends on it.
         max_queries: for models without gradients, most rows per sample and radius that the search asks; None leaves that to the
             effort: 300, 2,000 or 10,000.
+        certify: interval, crown or best (`epsball.certify`): proves a lower bound beside the attacks, under norms; None does not.
         progress: who listens. command: recorded in the report.
 
     Returns:
@@ -194,6 +197,7 @@ def audit(
             batch_size=batch_size,
             drop=drop,
             max_queries=max_queries,
+            certify=certify,
             progress=progress,
             command=command,
         )
@@ -212,17 +216,22 @@ def audit_loaded(
     command: str,
     drop: bool = True,
     max_queries: int | None = None,
+    certify: str | None = None,
 ) -> Report:
     """`audit` for models and data that are open already."""
     started, clock = datetime.datetime.now(datetime.UTC), time.perf_counter()
     texts = _texts(threats, dataset, _numbers(loaded[0].victim))
     if max_queries is not None and (not isinstance(max_queries, int) or max_queries < 1):
         raise BadInput(f"max_queries: {max_queries!r}: must be None or a whole number above 0")
-    plan = Plan(tuple(parse_threat(text) for text in texts), effort, seed, drop, max_queries)
+    method = next((known for known in METHODS if known == certify), None)
+    if method is None and certify is not None:
+        raise BadInput(f"certify: '{certify}': unknown: use one of {', '.join(METHODS)}")
+    plan = Plan(tuple(parse_threat(text) for text in texts), effort, seed, drop, max_queries, method)
     _distinct([spec.name for spec in plan.threats])
     subjects = [_subject(one, dataset, batch_size) for one in loaded]
     settings = {"threats": " ".join(texts), "effort": effort, "seed": str(seed), "n": str(len(dataset.x)), "batch_size": str(batch_size)}
     settings |= {} if max_queries is None else {"max_queries": str(max_queries)}
+    settings |= {} if certify is None else {"certify": certify}
     header = {"seed": seed, "settings": settings, "versions": versions()}
     with open_run(out) as folder:
         done = audit_subjects(subjects, plan, folder / evidence.NAME, header, progress)

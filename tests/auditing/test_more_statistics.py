@@ -36,7 +36,9 @@ def test_a_finite_population_is_covered_whatever_its_total(n: int, population: i
     for total in range(population + 1):
         possible = range(max(0, n - population + total), min(n, total) + 1)
         chances = stats.hypergeom.pmf(list(possible), population, total, n)
-        covered = sum(p for p, count in zip(chances, possible, strict=True) if intervals[count][0] <= total / population <= intervals[count][1])
+        covered = sum(
+            p for p, count in zip(chances, possible, strict=True) if intervals[count][0] <= total / population <= intervals[count][1]
+        )
         assert covered >= level - 1e-9, total
 
 
@@ -44,9 +46,7 @@ def test_a_finite_population_is_covered_whatever_its_total(n: int, population: i
 def test_its_ends_are_the_last_totals_that_neither_tail_rejects(count: int) -> None:
     low, high = finite_population(count, 50, 400)
     totals = np.arange(count, 400 - 50 + count + 1)
-    kept = totals[
-        (stats.hypergeom.sf(count - 1, 400, totals, 50) > 0.025) & (stats.hypergeom.cdf(count, 400, totals, 50) > 0.025)
-    ]
+    kept = totals[(stats.hypergeom.sf(count - 1, 400, totals, 50) > 0.025) & (stats.hypergeom.cdf(count, 400, totals, 50) > 0.025)]
     assert (low, high) == (kept.min() / 400, kept.max() / 400)
 
 
@@ -85,7 +85,10 @@ def test_a_fixed_n_interval_looked_at_again_and_again_does_not_cover() -> None:
     draws = np.cumsum(np.random.default_rng(0).random((200, 400)) < 0.4, axis=1)
     looks = {(int(k), n): (clopper_pearson(int(k), n), at_any_time(int(k), n)) for n in range(20, 401, 20) for k in set(draws[:, n - 1])}
     missed = [
-        [any(not looks[int(path[n - 1]), n][kind][0] <= 0.4 <= looks[int(path[n - 1]), n][kind][1] for n in range(20, 401, 20)) for path in draws]
+        [
+            any(not looks[int(path[n - 1]), n][kind][0] <= 0.4 <= looks[int(path[n - 1]), n][kind][1] for n in range(20, 401, 20))
+            for path in draws
+        ]
         for kind in (0, 1)
     ]
     assert np.mean(missed[0]) > 0.1

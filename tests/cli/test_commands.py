@@ -20,7 +20,7 @@ from epsball.auditing.results import Report
 from epsball.cli import main
 from epsball.models.digits import load
 
-COMMANDS = ("audit", "attack", "verify", "list", "report", "doctor")
+COMMANDS = ("audit", "attack", "verify", "compare", "list", "report", "doctor")
 QUICK = ("--effort", "fast", "-n", "20", "-t", "linf:0.1")
 FACTORY = "from epsball.models.digits import network\n\ndef make():\n    return network()\n"
 

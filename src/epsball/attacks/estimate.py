@@ -186,7 +186,7 @@ def nes(
 )
 def spsa(
     steps: int = 5000,
-    draws: int = 128,
+    draws: int | None = None,
     delta: float = 0.01,
     share: float = 0.3,
     threat: Projects | None = None,
@@ -195,7 +195,8 @@ def spsa(
     """SPSA: Adam on gradients estimated by `Spsa`, projected, Uesato et al. 2018, arXiv 1802.05666, Algorithm 1.
 
     Args:
-        steps: queries per sample. draws: queries per gradient, 2 or more; rounded down to even, and to what steps allow.
+        steps: queries per sample. draws: queries per gradient, 2 or more; rounded down to even, and to what steps allow. None is a
+            thirtieth of steps, from 8 to 128: with few queries many rough moves go farther than a few good ones.
         delta: how far each feature moves, in units of the input. share: of the radius, length of a move.
         threat: Linf or L2.
 
@@ -204,7 +205,7 @@ def spsa(
     Differs from the paper: a move is a share of the radius (theirs is 0.01 at radii of 2 to 8 / 255), measured in the norm
     of the threat.
     """
-    count, draws = looks(steps, draws)
+    count, draws = looks(steps, min(max(steps // 30, 8), 128) if draws is None else draws)
     threat = threat or Linf()
     if not isinstance(threat, (Linf, L2)):
         raise BadInput(f"threat '{threat.name}': has no move for Adam: use linf or l2")

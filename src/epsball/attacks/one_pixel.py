@@ -20,7 +20,7 @@ from epsball.threats import L0
 @register(paper="Su, Vargas & Sakurai 2019, arXiv 1710.08864", access=Access.SCORES, threats=("l0",), cost="steps forwards")
 def one_pixel(
     steps: int = 10000,
-    population: int = 100,
+    population: int | None = None,
     weight: float = 0.5,
     threat: Projects | None = None,
     objective: Objective = cross_entropy,
@@ -31,7 +31,8 @@ def one_pixel(
 
     Args:
         steps: queries per sample. population: members, all asked for in one batch, 1 or more (the paper's 400, for 100
-        generations); fewer where steps allow no generation. weight: the paper's F. threat: L0 over pixels.
+            generations); fewer where steps allow no generation. None is a fortieth of steps, from 10 to 100.
+        weight: the paper's F. threat: L0 over pixels.
 
     Returns:
         The attack; its name is `one_pixel`.
@@ -46,6 +47,7 @@ def one_pixel(
     """
     if steps < 0:
         raise BadInput(f"steps: {steps}: must be 0 or more")
+    population = min(max(steps // 40, 10), 100) if population is None else population
     if population < 1:
         raise BadInput(f"population: {population}: must be 1 or more")
     threat = threat or L0()

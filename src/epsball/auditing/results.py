@@ -1,7 +1,8 @@
 """What an audit found, as plain data: the only thing that reports read. No tensor and no model in here.
 
 Written to `report.json`; `Report.model_json_schema()` is its documented schema (`docs/report.schema.json`).
-All rates are fractions in [0, 1]; all intervals are two-sided 95 % Clopper-Pearson intervals.
+All rates are fractions in [0, 1]; all intervals are two-sided 95 % Clopper-Pearson intervals,
+those of classes widened so that all classes of a list hold at once.
 """
 
 from __future__ import annotations
@@ -61,7 +62,7 @@ class AttackRow(Plain):
 
 
 class ClassRate(Plain):
-    """Accuracy of one class."""
+    """Accuracy of one class. The intervals of all classes of a list hold at once with 95 %."""
 
     label: int
     name: str

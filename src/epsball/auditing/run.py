@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from epsball.attacks import fgsm, noise
+from epsball.auditing.bracket import prove
 from epsball.auditing.cascade import Tick, cascade, eight_bit, planned_rows
 from epsball.auditing.plan import QUERIES
 from epsball.auditing.preflight import are_probabilities, examine, look
@@ -19,6 +20,7 @@ from epsball.auditing.referee import Referee
 from epsball.auditing.results import Finding, ModelReport
 from epsball.auditing.sheet import Sheet, Subject
 from epsball.auditing.verdict import FIXES, model_report
+from epsball.certify.bracket import Method
 from epsball.core import Access, Projects, Victim
 from epsball.errors import BadInput, EpsballError, Refused
 from epsball.objectives import margin
@@ -57,6 +59,7 @@ class Plan:
 
     `drop` takes samples out of an attack once they are broken; off, it only costs more: no verdict depends on it.
     `max_queries` replaces the most rows per sample and radius that `effort` allows searches without gradients.
+    `certify` names a method of `epsball.certify` for lower bounds; None asks for none.
     """
 
     threats: tuple[ThreatSpec, ...]
@@ -64,6 +67,7 @@ class Plan:
     seed: int = 0
     drop: bool = True
     max_queries: int | None = None
+    certify: Method | None = None
 
 
 @dataclass(frozen=True)
@@ -246,6 +250,8 @@ def audit_subjects(
         heard(progress.estimate, sum(most_seconds(sheet, plan.effort) for sheet, _ in sheets))
         for number, (sheet, referee) in enumerate(sheets):
             cascade(sheet, referee, plan.effort, plan.seed, plan.drop, _Part(progress, number, len(sheets)).tick)
+            if plan.certify is not None:
+                prove(sheet, plan.certify)
     except KeyboardInterrupt:
         partial = True
         if not sheets:

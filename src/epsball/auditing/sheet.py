@@ -83,7 +83,7 @@ class Hits:
 
 @dataclass
 class Round:
-    """One threat at one radius: what was run and what it cost."""
+    """One threat at one radius: what was run, what it cost, and which samples (N,) are proven to stand, if anybody asked."""
 
     threat: str
     radius: float
@@ -92,6 +92,7 @@ class Round:
     flags: list[Flag] = field(default_factory=list)
     seconds: float = 0.0
     finished: bool = False
+    certified: Tensor | None = None
 
 
 @dataclass
@@ -154,6 +155,7 @@ class Sheet:
             f"{prefix}/x": compact(self.subject.x.cpu().numpy()),
             f"{prefix}/y": self.subject.y.cpu().numpy(),
             f"{prefix}/index": self.subject.index.cpu().numpy(),
+            f"{prefix}/correct": self.correct.cpu().numpy(),
         }
         for threat, hits in self.hits.items():
             rows = torch.isfinite(hits.radius).nonzero().squeeze(1)

@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from epsball.auditing.bracket import share
 from epsball.auditing.results import ClassRate, Finding, Flag, ModelReport, Rate, Result
 from epsball.auditing.sheet import Round, Sheet
-from epsball.auditing.statistics import rate
+from epsball.auditing.statistics import each_of, rate
 from epsball.core import valid
 
 FIXES = {
@@ -88,6 +89,7 @@ def result(sheet: Sheet, current: Round, invalid: Tensor, blocked: bool) -> Resu
         radius=current.radius,
         radius_text=current.text,
         robust_accuracy=rate(int(sure.sum()), len(sure), int(unsure.sum()) + int(invalid.sum())),
+        certified_accuracy=share(current.certified),
         trustworthy=not blocked and not any(f.severity == "block" for f in flags),
         after_rounding=rounded_rate(sheet, current, sure, unsure, invalid),
         forwards=sum(a.forwards for a in current.attacks),
@@ -109,14 +111,14 @@ def rounded_rate(sheet: Sheet, current: Round, sure: Tensor, unsure: Tensor, inv
 
 
 def per_class(sheet: Sheet, good: Tensor, unknown: Tensor) -> list[ClassRate]:
-    """One rate for each class of the data; none for multi-label data."""
+    """One rate for each class of the data, with intervals that hold for all classes at once; none for multi-label data."""
     y, names = sheet.subject.y.cpu(), sheet.subject.class_names
     if y.ndim != 1:
         return []
-    rates = []
-    for label in sorted(set(y.tolist())):
+    rates, labels = [], sorted(set(y.tolist()))
+    for label in labels:
         rows = y == label
         name = names[label] if label < len(names) else str(label)
-        counts = [int((part & rows).sum()) for part in (good, torch.ones_like(good), unknown)]
-        rates.append(ClassRate(label=label, name=name, rate=rate(*counts)))
+        count, n, unsure = (int((part & rows).sum()) for part in (good, torch.ones_like(good), unknown))
+        rates.append(ClassRate(label=label, name=name, rate=rate(count, n, unsure, each_of(len(labels)))))
     return rates

@@ -11,8 +11,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from epsball.cli import certify as bounds
+from epsball.cli.compare import EXAMPLES as COMPARISONS
+from epsball.cli.compare import compare
+from epsball.cli.gate import Junit, Sarif, below, exit_code, write_findings
 from epsball.cli.reproduce import EXAMPLES, reproduce
 from epsball.cli.served import Asked, RateLimit, Timeout, TokenEnv, endpoint_of, with_token
+from epsball.cli.train import EXAMPLES as TRAIN_EXAMPLES
+from epsball.cli.train import train
 
 if TYPE_CHECKING:
     from epsball.auditing.results import Report
@@ -27,6 +33,14 @@ app = typer.Typer(
     help="How robust is your model, really? Attacks it, doubts itself, and shows evidence that anyone can re-check.",
     epilog="Exit codes: 0 fine, 1 below --fail-under, 2 bad input, 3 a verification failed, 130 stopped early (a partial report is kept).",
 )
+
+
+class Bounds(StrEnum):
+    """Ways to prove lower bounds."""
+
+    interval = "interval"
+    crown = "crown"
+    best = "best"
 
 
 class Effort(StrEnum):
@@ -105,7 +119,8 @@ def audit(
     fail_under: Annotated[
         float | None, typer.Option(metavar="PERCENT", min=0, max=100, help="Exit 1 if any robust accuracy is below.")
     ] = None,
-    junit: Annotated[Path | None, typer.Option(metavar="FILE", help="Also write JUnit XML, for CI.")] = None,
+    junit: Junit = None,
+    sarif: Sarif = None,
     mean: Mean = None,
     std: Std = None,
     box: Box = "0,1",
@@ -122,6 +137,10 @@ def audit(
             min=1,
             help="For a model without gradients: most rows per sample and radius that the search asks; by effort 300, 2000 or 10000.",
         ),
+    ] = None,
+    certify_by: Annotated[
+        Bounds | None,
+        typer.Option("--certify", help="Prove a lower bound beside the attacks, under norms: interval is quick, best is tight."),
     ] = None,
     trust_code: Trust = False,
     token_env: TokenEnv = None,
@@ -150,6 +169,7 @@ def audit(
             "--weights, --mean, --std, --box, --outputs, --trust-code and options of addresses describe a MODEL: name it first"
         )
     _writable("junit", junit)
+    _writable("sarif", sarif)
     loaded = [_model(source, device, batch_size, options if model else {}) for source in ([model] if model else NAMES)]
     with Live() as live:
         done = audit_loaded(
@@ -161,16 +181,13 @@ def audit(
             out=out,
             batch_size=_batch(batch_size),
             max_queries=max_queries,
+            certify=certify_by.value if certify_by else None,
             progress=live,
             command=_command(),
         )
-    if junit is not None:
-        from epsball import report
-        from epsball.report.files import write_atomic
-
-        write_atomic(junit, report.junit(done, None if fail_under is None else fail_under / 100))
+    write_findings(done, fail_under, junit, sarif)
     _tell(done, as_json, model)
-    raise typer.Exit(_code(done, fail_under))
+    raise typer.Exit(exit_code(done, fail_under))
 
 
 def _tell(done: Report, as_json: bool, model: str | None) -> None:
@@ -198,20 +215,6 @@ def _next(done: Report, model: str | None) -> str:
     if done.effort != "max":
         return f"epsball verify {done.run}, and before you publish the number: --effort max"
     return f"epsball verify {done.run}"
-
-
-def _code(done: Report, fail_under: float | None) -> int:
-    from epsball.cli import EXIT_INTERRUPTED
-
-    return EXIT_INTERRUPTED if done.partial else _below(done, fail_under)
-
-
-def _below(done: Report, fail_under: float | None) -> int:
-    from epsball.cli import EXIT_BELOW
-
-    results = [r for m in done.models for r in m.results]
-    below = fail_under is not None and any(not r.trustworthy or 100 * r.value < fail_under for r in results)
-    return EXIT_BELOW if below else 0
 
 
 @app.command(
@@ -321,7 +324,8 @@ def list_(as_json: AsJson = False) -> None:
 @app.command("report", epilog="Example: epsball report runs/first --junit robustness.xml")
 def report_(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run.")],
-    junit: Annotated[Path | None, typer.Option(metavar="FILE", help="Also write JUnit XML.")] = None,
+    junit: Junit = None,
+    sarif: Sarif = None,
     fail_under: Annotated[
         float | None, typer.Option(metavar="PERCENT", min=0, max=100, help="As for audit: exit 1 if any robust accuracy is below.")
     ] = None,
@@ -329,16 +333,15 @@ def report_(
 ) -> None:
     """Show a finished run again and render its page anew; no model is touched."""
     from epsball import report
-    from epsball.report.files import write_atomic
     from epsball.store.evidence import NAME
 
     _writable("junit", junit)
+    _writable("sarif", sarif)
     done = report.read_json(run / "report.json")
     report.write(done, run / NAME, run / "report.html")
-    if junit is not None:
-        write_atomic(junit, report.junit(done, None if fail_under is None else fail_under / 100))
+    write_findings(done, fail_under, junit, sarif)
     _tell(done, as_json, "as before")
-    raise typer.Exit(_below(done, fail_under))
+    raise typer.Exit(below(done, fail_under))
 
 
 @app.command(epilog="Example: epsball doctor")
@@ -355,7 +358,10 @@ def doctor(as_json: AsJson = False) -> None:
     raise typer.Exit(1 if any(one.illness for one in found) else 0)
 
 
+app.command(epilog=COMPARISONS)(compare)
 app.command(epilog=EXAMPLES)(reproduce)
+app.command(epilog=bounds.EXAMPLES)(bounds.certify)
+app.command(epilog=TRAIN_EXAMPLES)(train)
 
 
 def _command() -> str:

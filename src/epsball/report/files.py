@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from epsball.auditing.results import SCHEMA_VERSION, ModelReport, Report, Result
 from epsball.errors import BadInput, EpsballError
 from epsball.report.text import clean, interval, percent
-from epsball.report.view import UNTRUSTED, doubts
+from epsball.report.view import UNTRUSTED, doubts, under
 
 
 def write_atomic(path: Path, text: str) -> None:
@@ -117,7 +117,7 @@ def _case(suite: ElementTree.Element, model: ModelReport, result: Result, fail_u
         ElementTree.SubElement(case, "error", type="untrusted", message=text).text = "\n".join(clean(reason) for reason in reasons)
         return "error"
     said = f"robust accuracy at most {percent(rate.value)} (95 % interval {interval(rate)}, {rate.count} of {rate.n})"
-    if fail_under is not None and rate.value < fail_under:
+    if fail_under is not None and under(result, fail_under):
         ElementTree.SubElement(case, "failure", type="below-fail-under", message=f"{said} is below {percent(fail_under)}")
         return "failure"
     ElementTree.SubElement(case, "system-out").text = said

@@ -63,6 +63,11 @@ def trusted(model: ModelReport, result: Result) -> bool:
     return not doubts(model, result)
 
 
+def under(result: Result, bar: float) -> bool:
+    """Whether robust accuracy is below the bar, a fraction; 573 of 1,000 is not below 57.3 %, however that rounds."""
+    return result.robust_accuracy.value < bar - 1e-12
+
+
 def headline(report: Report) -> Row | None:
     """The row that speaks for the report: the first threat, its middle radius (the upper one of two). A fixed rule, no picking."""
     table = rows(report)

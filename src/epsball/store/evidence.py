@@ -3,7 +3,7 @@
 Tensors, for model number i (all little-endian safetensors, readable from any language):
 
 - `m{i}/x` (N, ...): clean inputs, uint8 where they are exactly k/255, else float32; `m{i}/y` (N,) or (N, C) int64 labels.
-- `m{i}/index` (N,) int64: position in the data source.
+- `m{i}/index` (N,) int64: position in the data source; `m{i}/correct` (N,) bool: right and finite on the clean input.
 - `m{i}/{threat}/rows` (K,) int64: rows of x that were broken; `x_adv` (K, ...) float32: how; `radius` (K,) float64: the
   smallest audited radius at which it was; `size` (K,) float64; `predicted` (K,) int64: the class answered.
 - `m{i}/{threat}/z` (K, ...) float32, only where x_adv is not the adversary's own variable: x_adv = threat(x, z) up to 1e-6 of the

@@ -1,0 +1,79 @@
+"""The words of robust training: a loss, and what it knows about the step besides inputs and labels."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from epsball.core import Key, Projects
+
+Model = Callable[[Tensor], Tensor]
+Logs = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One step of training.
+
+    Attributes:
+        threat: inside the box of the data. radius: (B,) float64, as it is at this step of the warm-up.
+        generator: all noise of this step; on the CPU, so that devices agree.
+        smoothing: label smoothing of the cross-entropy that trains, in [0, 1).
+        memory: tensors that a loss keeps from step to step; they are part of every checkpoint.
+    """
+
+    threat: Projects
+    radius: Tensor
+    generator: torch.Generator
+    smoothing: float = 0.0
+    memory: dict[str, Tensor] = field(default_factory=dict)
+
+    def uniform(self, like: Tensor) -> Tensor:
+        """Uniform in [0, 1), shape of `like`."""
+        return torch.rand(like.shape, generator=self.generator).to(like.device, like.dtype)
+
+    def normal(self, like: Tensor) -> Tensor:
+        """Standard normal, shape of `like`."""
+        return torch.randn(like.shape, generator=self.generator).to(like.device, like.dtype)
+
+    def shuffled(self, like: Tensor) -> Tensor:
+        """(B,) a random order of the rows of `like`."""
+        return torch.randperm(len(like), generator=self.generator).to(like.device)
+
+    def cross_entropy(self, output: Tensor, y: Tensor) -> Tensor:
+        """Mean over the batch, with label smoothing; y (B,) labels or (B, C) probabilities."""
+        return F.cross_entropy(output, y, label_smoothing=self.smoothing)
+
+
+class Loss(Protocol):
+    """What a method of training is: a number to make smaller."""
+
+    def __call__(self, model: torch.nn.Module, x: Tensor, y: Tensor, batch: Batch) -> tuple[Tensor, Logs]:
+        """The mean loss over x (B, ...) with labels y (B,), differentiable by the weights; and means worth a line in the log.
+
+        `logs["adversarial"]` is the accuracy on the loss's own adversarial inputs, where it makes some.
+        """
+
+
+class Formula(Protocol):
+    """A loss whose adversarial inputs are already there. It only calls the model."""
+
+    def __call__(self, model: Model, x: Tensor, x_adv: Tensor, y: Tensor, batch: Batch) -> tuple[Tensor, Logs]:
+        """As `Loss`; x_adv (B, ...) is detached."""
+
+
+def accuracy(output: Tensor, y: Tensor) -> Tensor:
+    """Share of rows whose top class is y, without gradient."""
+    return (output.detach().argmax(1) == y).float().mean()
+
+
+def generator(key: Key) -> torch.Generator:
+    """A generator of its own for every key: nothing random has to be remembered from one step to the next."""
+    seed = int.from_bytes(hashlib.blake2b(repr(key.path).encode(), digest_size=8).digest(), "little") % 2**63
+    return torch.Generator().manual_seed(seed)
