@@ -195,9 +195,7 @@ def half_a_step(patch: Patch) -> None:
 
 def keep_the_last(patch: Patch) -> None:
     original = Best._store
-    patch.setattr(
-        Best, "_store", lambda self, rows, problem, reading, better, *rest: original(self, rows, problem, reading, better | True, *rest)
-    )
+    patch.setattr(Best, "_store", lambda self, rows, reading, better: original(self, rows, reading, torch.arange(len(rows))))
 
 
 def last_not_judged(patch: Patch) -> None:
