@@ -198,6 +198,16 @@ def keep_the_last(patch: Patch) -> None:
     patch.setattr(Best, "_store", lambda self, rows, reading, better: original(self, rows, reading, torch.arange(len(rows))))
 
 
+def forget_the_best(patch: Patch) -> None:
+    original = Best.update
+
+    def update(self: Best, rows: Tensor, problem: Problem, reading: Reading) -> Tensor:
+        self.reached, self.score = self.reached.index_fill(0, rows, False), self.score.index_fill(0, rows, -torch.inf)
+        return original(self, rows, problem, reading)
+
+    patch.setattr(Best, "update", update)
+
+
 def last_not_judged(patch: Patch) -> None:
     original = Problem.judge
     patch.setattr(Problem, "judge", lambda self, z: original(self, self.x))
@@ -293,7 +303,7 @@ MUTANTS: list[tuple[Callable[[Patch], None], Callable[[], None]]] = [
     (descend_instead, law_optimum),
     (half_a_step, law_optimum),
     (keep_the_last, law_replay),
-    (keep_the_last, law_more_steps),
+    (forget_the_best, law_more_steps),
     (last_not_judged, law_optimum),
     (trust_the_score, law_replay),
     (first_rows_only, law_every_row_is_tried),
