@@ -25,7 +25,8 @@ def test_the_line_at_the_end_audits_the_result(tmp_path: Path, capsys: pytest.Ca
     folder = tmp_path / "a run"  # a space, so that quoting counts
     assert main([*QUICK, "--out", str(folder), "--json"]) == 0
     found = told(capsys)
-    assert {path.name for path in folder.iterdir() if path.is_file()} == {"checkpoint.safetensors", "log.jsonl", "model.py", "model.safetensors"}
+    files = {path.name for path in folder.iterdir() if path.is_file()}
+    assert files == {"checkpoint.safetensors", "log.jsonl", "model.py", "model.safetensors"}
     lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     assert lines == found["history"]
     assert [line["epoch"] for line in lines] == [1, 2]
