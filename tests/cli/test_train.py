@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import shlex
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from epsball.cli import main
+from epsball.defenses.training import METHODS, small
 
 QUICK = ["train", "--method", "fast", "--epochs", "2", "-n", "200"]
 
@@ -116,6 +121,96 @@ def test_faults_are_one_line(words: list[str], said: str, tmp_path: Path, capsys
     assert said in printed.err
     assert printed.err.count("\n") == 1
     assert not (tmp_path / "new").exists()
+
+
+FEW = {"steps": 1, "points": 1}
+"""What makes the costly methods quick."""
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_trains_on_digits_and_its_line_audits(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    known = inspect.signature(METHODS[name].make).parameters
+    words = [word for option, value in FEW.items() if option in known for word in ("--set", f"{option}={value}")]
+    course = ["--epochs", "1", "--batch-size", "16", "-n", "80", "--seed", "1", "--ema", "0"]
+    assert main(["train", "--method", name, *words, *course, "--out", str(tmp_path), "--json"]) == 0
+    found = told(capsys)
+    (record,) = found["history"]  # type: ignore[misc]
+    assert record["step"] == 4 * METHODS[name].course.get("replays", 1)
+    assert 0 < record["loss"] < 100
+    assert (record["certified"] is not None) == (name in ("ibp", "crown_ibp"))
+    trained, fresh = load_file(tmp_path / "model.safetensors"), small((1, 8, 8), 10, seed=1).state_dict()
+    assert all(bool(tensor.isfinite().all()) for tensor in trained.values())
+    assert all(not torch.equal(trained[entry], fresh[entry]) for entry in fresh)
+    audit = shlex.split(str(found["audit"]))
+    assert audit[audit.index("-w") + 1] == str(tmp_path / "model.safetensors")
+
+
+def test_distillation_is_one_command_teacher_first(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["train", "--method", "distilled", "--set", "temperature=20", "--epochs", "2", "-n", "200", "--out", str(tmp_path)]
+    assert main(words) == 0
+    said = capsys.readouterr().err.splitlines()
+    assert said[0] == "teacher first"
+    assert sum("held out" in line for line in said) == 4
+    assert {path.name for path in (tmp_path / "teacher").iterdir()} == {"checkpoint.safetensors", "log.jsonl"}
+    teacher, student = ((folder / "checkpoint.safetensors").read_bytes() for folder in (tmp_path / "teacher", tmp_path))
+    assert b"Tempered(temperature=20)" in teacher
+    assert b"Distilled(temperature=20, mark=" in student
+    assert main([*words, "--json"]) == 0  # both are done: only read
+    assert (tmp_path / "checkpoint.safetensors").read_bytes() == student
+
+
+def test_a_stop_while_the_teacher_learns_goes_on_to_the_same_student(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from epsball.cli import train
+
+    words, call = ["train", "--method", "distilled", "--epochs", "2", "-n", "200"], train.Live.__call__
+
+    def interrupted(live: train.Live, step: int, steps: int, record: object) -> None:
+        if step == 3:
+            signal.raise_signal(signal.SIGINT)
+        call(live, step, steps, record)  # type: ignore[arg-type]
+
+    with monkeypatch.context() as patched:
+        patched.setattr(train.Live, "__call__", interrupted)
+        patched.setattr("sys.argv", ["epsball", *words])
+        assert main([*words, "--out", str(tmp_path / "stopped")]) == 130
+    assert capsys.readouterr().err.splitlines()[-1].endswith(f"--out {tmp_path / 'stopped'}")
+    for name in ("stopped", "whole"):
+        assert main([*words, "--out", str(tmp_path / name)]) == 0
+    first, second = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("stopped", "whole"))
+    assert first == second
+
+
+def test_training_by_bounds_prints_what_it_proves(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["train", "--method", "ibp", "--epochs", "1", "-n", "100", "--batch-size", "16"]
+    assert main([*words, "--out", str(tmp_path / "ibp")]) == 0
+    printed = capsys.readouterr()
+    assert ", certified " in printed.err
+    assert "certified by intervals" in printed.out
+    assert main([*words, "--no-certify", "--out", str(tmp_path / "not")]) == 0
+    assert "certified" not in capsys.readouterr().err
+    assert main(["train", *QUICK[1:], "--certify", "--out", str(tmp_path / "fast"), "--json"]) == 0
+    assert told(capsys)["best"]["certified"] is not None  # type: ignore[index]
+
+
+@pytest.mark.slow
+def test_two_workers_train_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["train", "--method", "fast", "--epochs", "1", "-n", "200", "--json", "--out"]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "epsball"]
+    done = subprocess.run([*launch, *words, str(tmp_path / "two")], capture_output=True, text=True, timeout=300, check=True)
+    found = json.loads(done.stdout)  # one worker speaks
+    assert main([*words, str(tmp_path / "one")]) == 0
+    (two,), (one,) = found["history"], told(capsys)["history"]  # type: ignore[misc]
+    assert two["loss"] == pytest.approx(one["loss"], rel=1e-5)
+    names = {path.name for path in (tmp_path / "two").iterdir()}
+    assert names == {"checkpoint.safetensors", "log.jsonl", "model.py", "model.safetensors"}
+
+
+def test_several_workers_need_a_folder(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert main(["train", "--epochs", "1", "-n", "80"]) == 2
+    assert "--out: is needed with several workers: give a folder that all of them see" in capsys.readouterr().err
 
 
 def test_the_methods_are_listed_with_their_papers(capsys: pytest.CaptureFixture[str]) -> None:

@@ -61,7 +61,8 @@ def trace(victim: Victim, x: Tensor) -> Graph:
     """The parts of a model in eval mode, for inputs like x (B, ...).
 
     Linear, Conv1d, Conv2d, BatchNorm, ReLU, LeakyReLU, tanh, sigmoid, average, adaptive average and max pooling, flatten and
-    reshape, permute, mean, dropout, sums of two parts, sums and products with constants; what `epsball.wrap` adds.
+    reshape, permute, mean, dropout, sums of two parts, sums and products with constants; what `epsball.wrap` adds. Where gradients are on,
+    they flow to the weights: training by bounds lives on it.
 
     Raises:
         BadInput: a part that is none of these, by its name; a model that cannot be traced. Randomized smoothing needs no parts.
@@ -138,7 +139,8 @@ class _Builder:
         except Exception as error:
             said = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise BadInput(f"model '{self.name}': cannot be traced ({said}): use --method smoothing") from error
-        ShapeProp(traced).propagate(torch.cat([shown, shown]))
+        with torch.no_grad():
+            ShapeProp(traced).propagate(torch.cat([shown, shown]))
         modules = dict(traced.named_modules())
         for node in traced.graph.nodes:
             if node.op == "placeholder":
@@ -223,7 +225,7 @@ class _Builder:
                 found = getattr(found, part)
             if isinstance(found, Tensor):
                 rank = len(node.meta["tensor_meta"].shape)
-                found = found.detach().double()
+                found = found.double()
                 found = found.squeeze(0) if found.ndim == rank and len(found) == 1 else found
                 if found.ndim < rank:
                     return torch.as_tensor(found)
@@ -259,14 +261,14 @@ def _no_call(call: Call, given: Shape, out: Shape) -> Op | None:
 
 
 def _linear(module: nn.Linear, given: Shape, out: Shape) -> Op:
-    weight = module.weight.detach().double()
-    size, bias = weight.abs(), None if module.bias is None else module.bias.detach().double()
+    weight = module.weight.double()
+    size, bias = weight.abs(), None if module.bias is None else module.bias.double()
     return Map(lambda x: x @ weight.T, lambda x: x @ size.T, given, weight.shape[1], bias, transpose=lambda a: a @ weight)
 
 
 def _conv(module: nn.Conv1d | nn.Conv2d, given: Shape, out: Shape) -> Op:
-    weight = module.weight.detach().double()
-    size, bias = weight.abs(), None if module.bias is None else module.bias.detach().double().view(-1, *[1] * (len(out) - 1))
+    weight = module.weight.double()
+    size, bias = weight.abs(), None if module.bias is None else module.bias.double().view(-1, *[1] * (len(out) - 1))
     forward: Callable[..., Tensor] = module._conv_forward
     fan = weight[0].numel()
     plain = module.padding_mode == "zeros" and not isinstance(module.padding, str) and isinstance(module, nn.Conv2d)
@@ -279,8 +281,8 @@ def _norm(module: nn.BatchNorm1d | nn.BatchNorm2d, given: Shape, out: Shape) -> 
     if module.running_mean is None or module.running_var is None:
         return None  # statistics of the batch: samples would depend on one another
     scale = (module.running_var.double() + module.eps).rsqrt()
-    scale = scale * (1.0 if module.weight is None else module.weight.detach().double())
-    shift = torch.zeros_like(scale) if module.bias is None else module.bias.detach().double()
+    scale = scale * (1.0 if module.weight is None else module.weight.double())
+    shift = torch.zeros_like(scale) if module.bias is None else module.bias.double()
     inner, view = (scale * module.running_mean.double()), (-1, *[1] * (len(out) - 1))
     factor, size = scale.view(view), scale.abs().view(view)
     bias = (shift - inner).view(view)

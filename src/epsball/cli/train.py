@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import signal
 import sys
@@ -19,11 +20,13 @@ if TYPE_CHECKING:
     from torch import nn
 
     from epsball.data import Dataset
-    from epsball.defenses.training import Against, Course, Fitted, Record
+    from epsball.defenses.training import Against, Course, Fitted, Loss, Method, Record
+    from epsball.defenses.training.team import Team
 
 EXAMPLES = (
     "Examples: epsball train | epsball train --method trades --set beta=4 --data mnist.npz --threat linf:0.3 --epochs 15 --out runs/trades "
-    "| epsball train net.py:make --data mnist.npz --threat l2:2 --optimizer sgd --lr 0.1 | epsball train --list"
+    "| epsball train net.py:make --data mnist.npz --threat l2:2 --optimizer sgd --lr 0.1 | epsball train --method ibp --threat linf:0.1 "
+    "| torchrun --nproc-per-node 2 -m epsball train --out runs/two | epsball train --list"
 )
 MODEL_FILE, WEIGHTS_FILE = "model.py", "model.safetensors"
 
@@ -37,7 +40,7 @@ def train(
     settings: Annotated[list[str] | None, typer.Option("--set", "-s", metavar="NAME=VALUE", help="An option of the method.")] = None,
     data: Annotated[str, typer.Option("--data", "-d", help="As for audit; its split train.")] = "digits",
     threat: Annotated[str, typer.Option("--threat", "-t", help="NAME:RADIUS with linf, l2 or l1.")] = "linf:0.1",
-    epochs: Annotated[int | None, typer.Option(min=1, help="Passes over the data; 30, or 8 for free, which repeats batches.")] = None,
+    epochs: Annotated[int | None, typer.Option(min=1, help="Passes over the data; 30, or 4 for free, which repeats batches.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Rows of a step; part of the recipe.")] = 64,
     rate: Annotated[float, typer.Option("--lr", help="Largest learning rate.")] = 3e-3,
     optimizer: Annotated[str, typer.Option(help="adam (decoupled decay) or sgd (momentum 0.9).")] = "adam",
@@ -45,12 +48,15 @@ def train(
     decay: Annotated[float, typer.Option("--weight-decay", help="Of all weights.")] = 5e-4,
     average: Annotated[float, typer.Option("--ema", help="Decay of the averaged weights, which are kept; 0 for none.")] = 0.9995,
     smoothing: Annotated[float, typer.Option("--label-smoothing", help="In [0, 1).")] = 0.0,
-    warmup: Annotated[float, typer.Option(help="Share of the training over which the radius grows.")] = 0.2,
+    warmup: Annotated[float | None, typer.Option(help="Share of the training over which the radius grows; 0.2, or 0.6 for ibp.")] = None,
     clip: Annotated[float | None, typer.Option(help="Largest norm of the gradient.")] = None,
     accumulate: Annotated[int, typer.Option(min=1, help="Parts that a step is computed in, to save memory.")] = 1,
-    replays: Annotated[int | None, typer.Option(min=1, help="Times that every batch is shown in a row; 4 for free, else 1.")] = None,
+    replays: Annotated[int | None, typer.Option(min=1, help="Times that every batch is shown in a row; 8 for free, else 1.")] = None,
     bf16: Annotated[bool, typer.Option("--bf16", help="Compute in bfloat16 where that is safe.")] = False,
     patience: Annotated[int | None, typer.Option(min=1, help="Stop after so many epochs without better held-out accuracy.")] = None,
+    certified: Annotated[
+        bool | None, typer.Option("--certify/--no-certify", help="Prove held-out samples by intervals after each epoch; on for ibp.")
+    ] = None,
     n: Annotated[int | None, typer.Option("--n", "-n", min=2, help="Training samples, held-out ones included; all by default.")] = None,
     held: Annotated[int | None, typer.Option("--held-out", min=1, help="Samples to choose the best epoch by; 10 %, at most 1000.")] = None,
     weights: Annotated[str | None, typer.Option("--weights", "-w", metavar="FILE", help="Weights of MODEL to start from.")] = None,
@@ -60,6 +66,7 @@ def train(
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")] = "cpu",
     seed: Annotated[int, typer.Option(help="Of order, noise and the small network's weights.")] = 0,
     out: Annotated[Path | None, typer.Option("--out", "-o", metavar="DIR", help="Folder; one with a checkpoint goes on there.")] = None,
+    tensorboard: Annotated[Path | None, typer.Option(metavar="DIR", help="Write TensorBoard events there, too.")] = None,
     list_: Annotated[bool, typer.Option("--list", help="The methods with their papers.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout and nothing else.")] = False,
 ) -> None:
@@ -73,14 +80,14 @@ def train(
     from epsball.cli.app import _options
 
     chosen, options = training.method(method), _options(settings or [], example="steps=7")
-    loss = training.make(method, options)
+    chosen.check(options)
+    own = {"epochs": epochs, "replays": replays, "warmup": warmup, "certify": certified}  # a method may want others than the usual ones
     asked = {
         "batch": batch_size,
         "rate": rate,
         "decay": decay,
         "average": average,
         "smoothing": smoothing,
-        "warmup": warmup,
         "clip": clip,
         "accumulate": accumulate,
         "half": bf16,
@@ -89,19 +96,107 @@ def train(
         "schedule": _one_of(
             "schedule", schedule, {"one-cycle": training.one_cycle, "cosine": training.cosine, "constant": training.constant}
         ),
-        **{name: value for name, value in (("epochs", epochs), ("replays", replays)) if value is not None},
+        **{name: value for name, value in own.items() if value is not None},
     }
     course = training.Course(**{"epochs": 30, **chosen.course, **asked})
     against = _against(threat)
     dataset, parts = _parts(data, n, held, seed, layout)
-    source = Source(model, weights, mean, std, device)
     if _audited_on_itself(data, n, seed, layout, dataset):
         typer.echo(f"epsball: {data} has no test part of its own: audit on samples that this training does not see", err=True)
-    with open_run(out) as folder:
-        adapted = source.load(folder, dataset, seed)
-        fitted = _fit(adapted, loss, parts, against, course, seed, folder, as_json)
-        line = source.finish(folder, adapted, data, layout, threat)
-        _tell(fitted, folder, line, len(parts[1][0]), as_json, {"method": chosen.name, "threat": threat, "data": data, "seed": seed})
+    with _workers(device, out) as (team, device), open_run(out) as folder:
+        source, quiet = Source(model, weights, mean, std, device, team), as_json or not team.leads
+        job = Job(source, dataset, parts, against, course, seed)
+        with Live(quiet) as live, _between_steps(live), _boarded(tensorboard if team.leads else None, live) as progress:
+            loss = job.loss(folder, chosen, options, live)
+            adapted = source.load(folder, dataset, seed)
+            fitted = job.fit(adapted, loss, folder, progress, live)
+        if team.leads:
+            line = source.finish(folder, adapted, data, layout, threat)
+            _tell(fitted, folder, line, len(parts[1][0]), as_json, {"method": chosen.name, "threat": threat, "data": data, "seed": seed})
+
+
+@contextmanager
+def _workers(device: str, out: Path | None) -> Iterator[tuple[Team, str]]:
+    """The process group that torchrun asks for, and this worker's device; alone, there is none."""
+    from epsball.defenses.training import Team
+    from epsball.errors import BadInput
+
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield Team(), device
+        return
+    from torch import cuda, distributed
+
+    if out is None:
+        raise BadInput("--out: is needed with several workers: give a folder that all of them see")
+    on_gpu = device.startswith("cuda")
+    if on_gpu:
+        device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
+        cuda.set_device(device)
+    distributed.init_process_group("nccl" if on_gpu else "gloo")
+    try:
+        yield Team.here(), device
+    finally:
+        distributed.destroy_process_group()
+
+
+@contextmanager
+def _boarded(folder: Path | None, live: Live) -> Iterator[Any]:
+    """The live line, and TensorBoard where it is asked for."""
+    if folder is None:
+        yield live
+        return
+    from epsball.defenses.training import Board
+
+    board = Board(folder)
+
+    def both(step: int, steps: int, record: Record | None) -> None:
+        board(step, steps, record)
+        live(step, steps, record)
+
+    try:
+        yield both
+    finally:
+        board.close()
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is trained on what, and how."""
+
+    source: Source
+    dataset: Dataset
+    parts: tuple[Any, Any]
+    against: Against
+    course: Course
+    seed: int
+
+    def loss(self, folder: Path, method: Method, options: dict[str, Any], live: Live) -> Loss:
+        """The method's loss; a teacher that it needs is trained first, in a folder of its own."""
+        from epsball.defenses import training
+
+        given: dict[str, Any] = {"data": self.parts[0]}
+        if "teacher" in method.needs:
+            live.console.print("teacher first", markup=False, highlight=False)
+            given["teacher"] = self.source.load(folder, self.dataset, self.seed)
+            tempered = training.make("tempered", {name: value for name, value in options.items() if name == "temperature"})
+            (folder / "teacher").mkdir(exist_ok=True)
+            self.fit(given["teacher"], tempered, folder / "teacher", live, live)
+        return training.make(method.name, options, **given)
+
+    def fit(self, model: Any, loss: Loss, folder: Path, progress: Any, live: Live) -> Fitted:
+        """One training, which Ctrl-C stops between two steps."""
+        from epsball.cli import EXIT_INTERRUPTED
+        from epsball.defenses import training
+
+        try:
+            return training.fit(
+                model, loss, self.parts[0], self.parts[1], self.against, self.course, self.seed, folder=folder, progress=progress
+            )
+        except KeyboardInterrupt:
+            where = folder.parent if folder.name == "teacher" else folder
+            if self.source.team.leads:
+                typer.echo(f"epsball: interrupted after step {live.step} of {live.steps}; {_again(folder, where)}", err=True)
+            raise typer.Exit(EXIT_INTERRUPTED) from None
 
 
 @dataclass(frozen=True)
@@ -113,6 +208,7 @@ class Source:
     mean: str | None
     std: str | None
     device: str
+    team: Team
 
     def load(self, folder: Path, dataset: Dataset, seed: int) -> nn.Module:
         """The model on its device; the small network's code is written to the folder, so that the folder is whole."""
@@ -126,7 +222,9 @@ class Source:
             if (self.weights, self.mean, self.std) != (None, None, None):
                 raise BadInput("--weights, --mean and --std describe a MODEL: name it first")
             shape, classes = tuple(dataset.x.shape[1:]), max(len(dataset.class_names), int(dataset.y.max()) + 1)
-            checkpoint.write(folder / MODEL_FILE, _code(shape, classes, seed).encode())
+            if self.team.leads:
+                checkpoint.write(folder / MODEL_FILE, _code(shape, classes, seed).encode())
+            self.team.wait()
         elif self.model.lower().endswith(WHOLE) or "://" in self.model:
             raise BadInput(f"model '{self.model}': cannot be trained: give package.module:factory, file.py:factory or a builtin name")
         adapted, _ = load_adapted(self.reference(folder), self.weights, mean=_floats("mean", self.mean), std=_floats("std", self.std))
@@ -203,22 +301,10 @@ def _audited_on_itself(data: str, n: int | None, seed: int, layout: str, dataset
     return other.total == dataset.total and torch.equal(other.x, dataset.x)
 
 
-def _fit(model: Any, loss: Any, parts: Any, against: Against, course: Course, seed: int, folder: Path, quiet: bool) -> Fitted:
-    from epsball.cli import EXIT_INTERRUPTED
-    from epsball.defenses.training import fit
-
-    with Live(quiet) as live, _between_steps(live):
-        try:
-            return fit(model, loss, parts[0], parts[1], against, course, seed, folder=folder, progress=live)
-        except KeyboardInterrupt:
-            typer.echo(f"epsball: interrupted after step {live.step} of {live.steps}; {_again(folder)}", err=True)
-            raise typer.Exit(EXIT_INTERRUPTED) from None
-
-
-def _again(folder: Path) -> str:
+def _again(kept: Path, folder: Path) -> str:
     from epsball.defenses.training import checkpoint
 
-    if not (folder / checkpoint.NAME).exists():
+    if not (kept / checkpoint.NAME).exists():
         return "nothing was saved yet"
     words = sys.argv[1:] if {"--out", "-o"} & {word.partition("=")[0] for word in sys.argv} else [*sys.argv[1:], "--out", str(folder)]
     return f"to go on from there: {shlex.join(['epsball', *words])}"
@@ -256,6 +342,7 @@ class Live:
         self.step, self.steps = step, steps
         if record is not None:
             words = f"epoch {record.epoch}: loss {record.loss:.3f}, held out: clean {record.clean:.1%}, robust {record.robust:.1%}"
+            words += "" if record.certified is None else f", certified {record.certified:.1%}"
             alarm = f"; CATASTROPHIC OVERFITTING by step {record.step}: the best weights so far are kept" if record.collapsed else ""
             self.bar.update(self.task, description=words)
             if self.bar.disable or alarm:
@@ -293,7 +380,8 @@ def _tell(fitted: Fitted, folder: Path, line: str, held: int, as_json: bool, fac
         sys.stdout.write(json.dumps({**found, "audit": line}) + "\n")
         return
     typer.echo(f"Best epoch {best.epoch} of {len(fitted.history)}{', stopped early' if fitted.early else ''}.")
-    typer.echo(f"On {held} held-out samples: clean {best.clean:.1%}, under a short PGD {best.robust:.1%}. That is no verdict yet.")
+    bounded = "" if best.certified is None else f", certified by intervals {best.certified:.1%}"
+    typer.echo(f"On {held} held-out samples: clean {best.clean:.1%}, under a short PGD {best.robust:.1%}{bounded}. That is no verdict yet.")
     if alarms:
         typer.echo(f"Catastrophic overfitting was seen at step {alarms[0]}: n_fgsm or pgd do not fall into it at this radius, usually.")
     typer.echo(f"Weights: {folder / WEIGHTS_FILE}\nLog:     {folder / 'log.jsonl'}\nNext:    {line}")
@@ -308,4 +396,4 @@ def _list(as_json: bool) -> None:
         )
         return
     for found in METHODS.values():
-        typer.echo(f"{found.name:12} {found.summary} ({found.paper})")
+        typer.echo(f"{found.name:14} {found.summary} ({found.paper})")

@@ -10,6 +10,8 @@ from torch.func import functional_call
 
 from epsball.defenses.training.batch import Batch, Logs
 from epsball.defenses.training.inner import Adversarial
+from epsball.defenses.training.team import shared_out
+from epsball.errors import BadInput
 
 
 @dataclass(frozen=True)
@@ -23,6 +25,9 @@ class Awp:
     Args:
         inner: pgd, trades, mart, alp. gamma: 0.01 for PGD training, 0.005 for TRADES, in the paper.
 
+    Raises:
+        BadInput: sharded weights.
+
     Cost: that of `inner`, and once more its forwards and backwards outside the search.
     """
 
@@ -31,6 +36,8 @@ class Awp:
 
     def __call__(self, model: nn.Module, x: Tensor, y: Tensor, batch: Batch) -> tuple[Tensor, Logs]:
         """Search, worst weights, loss there."""
+        if shared_out(model):
+            raise BadInput("awp: the weights are sharded, and a step within each layer needs them whole: train without `fully_shard`")
         x_adv = self.inner.search(model, x, y, batch)
         weights = {name: p for name, p in model.named_parameters() if p.requires_grad and p.ndim > 1}
         statistics = {name: buffer.clone() for name, buffer in model.named_buffers()}  # the look changes copies only

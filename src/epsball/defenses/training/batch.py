@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from epsball.core import Key, Projects
+from epsball.defenses.training.team import ALONE, Team
 
 Model = Callable[[Tensor], Tensor]
 Logs = dict[str, Tensor]
@@ -25,7 +26,9 @@ class Batch:
         threat: inside the box of the data. radius: (B,) float64, as it is at this step of the warm-up.
         generator: all noise of this step; on the CPU, so that devices agree.
         smoothing: label smoothing of the cross-entropy that trains, in [0, 1).
-        memory: tensors that a loss keeps from step to step; they are part of every checkpoint.
+        memory: tensors that a loss keeps from step to step, a row a sample; they are part of every checkpoint.
+        share: how much of the whole radius this step's is: 0 when the warm-up begins, 1 behind it.
+        team: these rows are one worker's part of the batch, and so is its noise: all workers together draw what one process draws.
     """
 
     threat: Projects
@@ -33,18 +36,28 @@ class Batch:
     generator: torch.Generator
     smoothing: float = 0.0
     memory: dict[str, Tensor] = field(default_factory=dict)
+    share: float = 1.0
+    team: Team = ALONE
 
     def uniform(self, like: Tensor) -> Tensor:
         """Uniform in [0, 1), shape of `like`."""
-        return torch.rand(like.shape, generator=self.generator).to(like.device, like.dtype)
+        return self._own(torch.rand(self._all(like), generator=self.generator)).to(like.device, like.dtype)
 
     def normal(self, like: Tensor) -> Tensor:
         """Standard normal, shape of `like`."""
-        return torch.randn(like.shape, generator=self.generator).to(like.device, like.dtype)
+        return self._own(torch.randn(self._all(like), generator=self.generator)).to(like.device, like.dtype)
 
     def shuffled(self, like: Tensor) -> Tensor:
-        """(B,) a random order of the rows of `like`."""
-        return torch.randperm(len(like), generator=self.generator).to(like.device)
+        """(B,) a random order of the rows of `like`; each worker's rows stay with it."""
+        order = torch.randperm(len(like) * self.team.size, generator=self.generator)
+        first = self.team.rank * len(like)
+        return (order[(order >= first) & (order < first + len(like))] - first).to(like.device)
+
+    def _all(self, like: Tensor) -> tuple[int, ...]:
+        return (len(like) * self.team.size, *like.shape[1:])
+
+    def _own(self, drawn: Tensor) -> Tensor:
+        return self.team.part(drawn)
 
     def cross_entropy(self, output: Tensor, y: Tensor) -> Tensor:
         """Mean over the batch, with label smoothing; y (B,) labels or (B, C) probabilities."""

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from epsball.defenses.training.team import like
 from epsball.errors import BadInput
 
 NAME = "checkpoint.safetensors"
@@ -74,9 +75,10 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
 def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
     """The inverse of `optimizer_tensors`, for an optimizer made alike."""
     state: dict[int, dict[str, Tensor]] = {}
+    owned = [p for group in optimizer.param_groups for p in group["params"]]
     for name, value in tensors.items():
         place, _, entry = name.partition(".")
-        state.setdefault(int(place), {})[entry] = value
+        state.setdefault(int(place), {})[entry] = like(value, owned[int(place)]) if value.shape == owned[int(place)].shape else value
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 

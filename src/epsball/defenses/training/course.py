@@ -44,6 +44,7 @@ class Course:
         replays: every batch is shown so many times in a row (free adversarial training).
         half: compute in bfloat16 where autocast does. patience: stop after so many epochs without better weights.
         merit: which weights are better. augment: changes the inputs before the loss sees them.
+        certify: prove what intervals can of the held-out samples, after every epoch.
     """
 
     epochs: int = 20
@@ -62,6 +63,7 @@ class Course:
     patience: int | None = None
     merit: Callable[[Record], tuple[float, float]] = by_robust
     augment: Augment | None = None
+    certify: bool = False
 
     def __post_init__(self) -> None:
         for name in ("epochs", "batch", "accumulate", "replays"):

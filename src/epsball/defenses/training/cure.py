@@ -31,9 +31,10 @@ def bend(score: Callable[[Tensor], Tensor], x: Tensor, h: float) -> Tensor:
 class Cure:
     """J(x) + weight * mean ||gradient(x + h z) - gradient(x)||^2, z the normalized sign of the gradient.
 
-    Moosavi-Dezfooli et al. 2019, arXiv 1811.09716. The released code takes the norm, not its square, of the gradient of the
-    batch's mean, so that its weight hangs on the batch size; here every sample has its own gradient, as in the paper. The released
-    code also starts from a trained network. The radius is not used. The curvature is taken in eval mode.
+    Moosavi-Dezfooli et al. 2019, arXiv 1811.09716. h grows with the warm-up of the radius, as over the first five epochs there; the
+    radius itself is not used. The released code takes the norm, not its square, of the gradient of the batch's mean, so that its
+    weight hangs on the batch size, and h up to 3; here every sample has its own gradient, as in the paper. The released code also
+    starts from a trained network. The curvature is taken in eval mode.
 
     Cost: 3 forwards; 2 backwards by the input, and 1 through all of it, double backward included.
     """
@@ -44,5 +45,5 @@ class Cure:
     def __call__(self, model: torch.nn.Module, x: Tensor, y: Tensor, batch: Batch) -> tuple[Tensor, Logs]:
         """Cross-entropy and curvature."""
         with still(model):
-            curvature = bend(lambda z: F.cross_entropy(model(z), y, reduction="none"), x, self.h).mean()
+            curvature = bend(lambda z: F.cross_entropy(model(z), y, reduction="none"), x, batch.share * self.h).mean()
         return batch.cross_entropy(model(x), y) + self.weight * curvature, {"curvature": curvature.detach()}

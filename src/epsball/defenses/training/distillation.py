@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass, field
 
 import torch
@@ -40,17 +41,32 @@ class Distilled:
     acts on the soft labels, too.
 
     Args:
-        teacher: trained by `Tempered` at the same T; the paper gives it the student's architecture.
+        teacher: trained by `Tempered` at the same T; the paper gives it the student's architecture. mark: digest of its weights.
     """
 
     teacher: nn.Module = field(repr=False)
     temperature: float = 100.0
+    mark: str = field(init=False, default="")
 
     def __post_init__(self) -> None:
         _positive(self.temperature)
+        object.__setattr__(self, "mark", digest(self.teacher))
 
     def __call__(self, model: nn.Module, x: Tensor, y: Tensor, batch: Batch) -> tuple[Tensor, Logs]:
         """Soft labels; y is not read."""
         with still(self.teacher), torch.no_grad():
             soft = (self.teacher(x) / self.temperature).softmax(1)
         return batch.cross_entropy(model(x) / self.temperature, soft), {}
+
+
+def digest(model: nn.Module) -> str:
+    """Of all weights and statistics: two students of one mark have the same teacher."""
+    found = hashlib.blake2b(digest_size=8)
+    for tensor in model.state_dict().values():
+        found.update(tensor.detach().cpu().contiguous().float().numpy().tobytes())
+    return found.hexdigest()
+
+
+def distilled(teacher: nn.Module, temperature: float = 100.0) -> Distilled:
+    """A student of `teacher`. See `Distilled`."""
+    return Distilled(teacher, temperature)

@@ -1,6 +1,7 @@
 """The one training loop: short, in one straight line, and the same bits again after a stop at any place.
 
-Nothing random is remembered: the order of an epoch and the noise of a step come from (seed, epoch) and (seed, step).
+Nothing random is remembered: the order of an epoch and the noise of a step come from (seed, epoch) and (seed, step). Several workers
+(`torchrun`) share the rows of each batch; together they take the step that one process takes, to within rounding.
 """
 
 from __future__ import annotations
@@ -21,17 +22,20 @@ from torch import Tensor, nn
 
 from epsball.core import Key
 from epsball.core.attack import recipe
-from epsball.defenses.training import checkpoint
+from epsball.defenses.training import checkpoint, team
 from epsball.defenses.training.batch import Batch, Loss, generator
 from epsball.defenses.training.course import Against, Course
 from epsball.defenses.training.inner import still
 from epsball.defenses.training.schedule import keep, warmed
-from epsball.defenses.training.watch import Record, collapsed, measure
+from epsball.defenses.training.team import Team
+from epsball.defenses.training.watch import Record, collapsed, measure, proven
 from epsball.errors import BadInput, EpsballError
 
 Pair = tuple[Tensor, Tensor]
 Progress = Callable[[int, int, Record | None], Any]
 """(step, steps, the epoch's record at its end): called after every step; may raise to stop, once the checkpoint is written."""
+Prepare = Callable[[nn.Module], nn.Module]
+"""Wraps a model for several workers: DDP, `fully_shard`."""
 SAVE_EVERY = 60.0
 """Seconds between checkpoints within an epoch."""
 
@@ -53,10 +57,12 @@ class Fitted:
 
 @dataclass
 class _Run:
-    """What a checkpoint holds."""
+    """What a checkpoint holds; `moving` and `shown` are model and average as `prepare` made them: what is trained and measured."""
 
     model: nn.Module
     average: nn.Module
+    moving: nn.Module
+    shown: nn.Module
     optimizer: torch.optim.Optimizer
     step: int = 0
     memory: dict[str, Tensor] = field(default_factory=dict)
@@ -77,6 +83,7 @@ def fit(
     folder: Path | None = None,
     progress: Progress | None = None,
     save_every: float = SAVE_EVERY,
+    prepare: Prepare | None = None,
 ) -> Fitted:
     """Trains a model, measures it after every epoch on held-out samples, and leaves it with its best weights.
 
@@ -86,6 +93,13 @@ def fit(
         seed: of order and noise; the weights to start from are the model's own.
         folder: where checkpoint and log.jsonl go; a checkpoint of the same training that lies there is resumed, bit for bit.
         progress: called after every step. save_every: seconds between checkpoints within an epoch; one is written at its end anyway.
+        prepare: wraps the model for several workers (DDP, `fully_shard`). None: gradients are averaged here, which suits every loss.
+
+    In a process group every worker calls this with the same arguments and the same weights. It takes its own rows of each batch (of
+    `course.batch` rows in all), so that the steps are those of one process to within rounding, whatever the number of workers, for
+    losses that are means over samples. What looks across rows sees a worker's own: batch norm (whose running statistics are averaged),
+    mixing partners, weight perturbation; dropout differs. Rank 0 writes and the folder is read by all; measuring is done by each.
+    A model that is wrapped already is taken as it is; sharded weights cannot be copied, so it wants `average=0`.
 
     Raises:
         BadInput: data that cannot be used, or a checkpoint of another training.
@@ -93,12 +107,16 @@ def fit(
 
     Cost: that of the loss for every row of every epoch, and 12 forwards and 10 backwards for every held-out sample and epoch.
     """
-    course = course or Course()
-    per_epoch = _check(model, data, held, course)
-    run = _start(model, course)
+    course, workers = course or Course(), Team.here()
+    workers.check(course.batch, course.accumulate)
+    _check_data(data, held)
     name = _name(loss, data, against, course, seed, model)
+    run = _start(model, course, prepare)  # before any forward: sharded weights stay gathered behind one
+    _check_output(run.moving, data, held)
+    per_epoch = max(1, len(data[0]) // course.batch) * course.replays
+    workers.wait()
     if folder is not None and (folder / checkpoint.NAME).exists():
-        _resume(run, folder / checkpoint.NAME, name)
+        _resume(run, folder / checkpoint.NAME, name, workers)
     key, steps, device = Key.of(seed).fold("training"), per_epoch * course.epochs, next(model.parameters()).device
     started = saved = time.perf_counter()
     early, order = _tired(run.history, course), None
@@ -109,33 +127,47 @@ def fit(
                 order = torch.randperm(len(data[0]), generator=generator(key.fold("order", epoch)))
             start = place // course.replays * course.batch
             rows = order[start : start + course.batch]
-            with _layers_draw_from(key.fold("layers", run.step), device):
-                _step(run, loss, data[0][rows].to(device), data[1][rows].to(device), against, course, key, run.step / steps)
+            with _layers_draw_from(_own(key.fold("layers", run.step), workers), device):
+                _step(run, loss, data[0][rows].to(device), data[1][rows].to(device), against, course, key, run.step / steps, workers)
             record = None
             if run.step % per_epoch == 0:
-                record = _measure(run, held, against, course, seed, time.perf_counter() - started, per_epoch, steps)
+                record = _measure(run, held, against, course, seed, time.perf_counter() - started, per_epoch, steps, workers)
                 early = _tired(run.history, course)
-            if folder is not None and (record is not None or time.perf_counter() - saved >= save_every):
-                _save(run, folder, name)
+            if folder is not None and (record is not None or _agreed(time.perf_counter() - saved >= save_every, workers, device)):
+                _save(run, folder, name, workers)
                 saved = time.perf_counter()
             try:
                 if progress is not None:
                     progress(run.step, steps, record)
-            except BaseException:  # between two steps everything fits together
-                if folder is not None:
-                    _save(run, folder, name)
+            except BaseException:  # between two steps everything fits together; a worker alone cannot gather what the others hold
+                if folder is not None and workers.size == 1:
+                    _save(run, folder, name, workers)
                 raise
-    model.load_state_dict(run.best)
+    team.load(model, run.best)
     return Fitted(model, next(r for r in reversed(run.history) if r.best), tuple(run.history), early)
 
 
-def _check(model: nn.Module, data: Pair, held: Pair, course: Course) -> int:
-    """One-line errors for what cannot be trained on; returns the steps of an epoch."""
+def _own(key: Key, workers: Team) -> Key:
+    """Layers of several workers draw apart."""
+    return key if workers.size == 1 else key.fold(workers.rank)
+
+
+def _agreed(wish: bool, workers: Team, device: torch.device) -> bool:
+    """What the leader wishes."""
+    return wish if workers.size == 1 else bool(workers.told(torch.tensor(wish, dtype=torch.uint8, device=device)))
+
+
+def _check_data(data: Pair, held: Pair) -> None:
+    """One-line errors for what cannot be trained on."""
     for name, (x, y) in (("data", data), ("held", held)):
         if len(x) == 0 or len(x) != len(y):
             raise BadInput(f"{name}: {len(x)} inputs and {len(y)} labels: give one label per input, and at least one")
         if y.ndim != 1 or y.is_floating_point():
             raise BadInput(f"{name}: labels {y.dtype} of shape {tuple(y.shape)}: training needs one class per input")
+
+
+def _check_output(model: nn.Module, data: Pair, held: Pair) -> None:
+    """One-line errors for what cannot be trained."""
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     with still(model), torch.no_grad():
         output = model(data[0][:1].to(device))
@@ -143,37 +175,43 @@ def _check(model: nn.Module, data: Pair, held: Pair, course: Course) -> int:
     if not isinstance(output, Tensor) or output.ndim != 2 or output.shape[1] <= most:
         shape = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
         raise BadInput(f"model: gives {shape} for one input, labels go up to {most}: scores (B, C) for every class are needed")
-    return max(1, len(data[0]) // course.batch) * course.replays
 
 
-def _start(model: nn.Module, course: Course) -> _Run:
-    trained = [p for p in model.parameters() if p.requires_grad]
-    if not trained:
+def _start(model: nn.Module, course: Course, prepare: Prepare | None) -> _Run:
+    if not any(p.requires_grad for p in model.parameters()):
         raise BadInput("model: has no weights that can be trained: give an nn.Module with parameters that require gradients")
+    if course.average and team.shared_out(model):
+        raise BadInput(f"average: {course.average}: a model that is sharded already cannot be copied: set 0, or give `prepare` instead")
     average = copy.deepcopy(model) if course.average else model
-    return _Run(model, average, course.optimizer(trained, course.rate, course.decay))
+    moving = model if prepare is None else prepare(model)
+    shown = moving if average is model else average if prepare is None else prepare(average)
+    trained = [p for p in model.parameters() if p.requires_grad]  # behind `prepare`, which may put others in their places
+    return _Run(model, average, moving, shown, course.optimizer(trained, course.rate, course.decay))
 
 
-def _step(run: _Run, loss: Loss, x: Tensor, y: Tensor, against: Against, course: Course, key: Key, progress: float) -> None:
-    """One step of the optimizer on one batch."""
+def _step(run: _Run, loss: Loss, x: Tensor, y: Tensor, against: Against, course: Course, key: Key, progress: float, workers: Team) -> None:
+    """One step of the optimizer on one batch, of which each worker takes its rows."""
     noise = generator(key.fold("noise", run.step))
     if course.augment is not None:
         x = course.augment(x, noise)
-    threat, radius = against.threat.within(against.box), against.radius * warmed(progress, course.warmup)
+    threat, grown = against.threat.within(against.box), warmed(progress, course.warmup)
     for group in run.optimizer.param_groups:
         group["lr"] = course.rate * course.schedule(progress)
     run.optimizer.zero_grad()
-    for part, labels in zip(x.chunk(course.accumulate), y.chunk(course.accumulate), strict=True):
-        radii = torch.full((len(part),), radius, dtype=torch.float64, device=x.device)
+    for chunk, chunk_labels in zip(x.chunk(course.accumulate), y.chunk(course.accumulate), strict=True):
+        part, labels, share = workers.part(chunk), workers.part(chunk_labels), len(chunk) / len(x)
+        radii = torch.full((len(part),), against.radius * grown, dtype=torch.float64, device=x.device)
         with torch.autocast(x.device.type, torch.bfloat16, enabled=course.half):
-            value, logs = loss(run.model, part, labels, Batch(threat, radii, noise, course.smoothing, run.memory))
-        share = len(part) / len(x)
+            value, logs = loss(run.moving, part, labels, Batch(threat, radii, noise, course.smoothing, run.memory, grown, workers))
         (share * value).backward()  # type: ignore[no-untyped-call]
         for name, mean in {**logs, "loss": value.detach()}.items():
             run.sums[name] = run.sums.get(name, torch.zeros((), dtype=torch.float64)) + share * mean.double().cpu()
+    if not team.averages_itself(run.moving):
+        workers.average_gradients(p for p in run.model.parameters() if p.requires_grad)
     if course.clip is not None:
         nn.utils.clip_grad_norm_(run.model.parameters(), course.clip)
     run.optimizer.step()
+    workers.average_statistics(run.model)
     run.step += 1
     if run.average is not run.model:
         _average(run.average, run.model, keep(course.average, run.step))
@@ -189,13 +227,19 @@ def _average(average: nn.Module, model: nn.Module, kept: float) -> None:
             mean.copy_(new)
 
 
-def _measure(run: _Run, held: Pair, against: Against, course: Course, seed: int, seconds: float, per_epoch: int, steps: int) -> Record:
+def _measure(
+    run: _Run, held: Pair, against: Against, course: Course, seed: int, seconds: float, per_epoch: int, steps: int, workers: Team
+) -> Record:
     """The epoch's record; keeps the weights if they are the best so far."""
-    means = {name: float(total) / per_epoch for name, total in run.sums.items()}
+    device = next(run.model.parameters()).device
+    means = {name: float(total) / per_epoch for name, total in _shared(run.sums, workers, device).items()}
     loss, run.sums = means.pop("loss"), {}
     if not math.isfinite(loss):
         raise EpsballError(f"loss: {loss} in the epoch that ended at step {run.step}: lower the rate, or set clip")
-    clean, robust = measure(run.average, *held, against.threat, against.radius, against.box, seed)
+    shares = [*measure(run.shown, *held, against.threat, against.radius, against.box, seed)]
+    if course.certify:
+        shares.append(proven(run.shown, *held, against.threat, against.radius, against.box))
+    clean, robust, *rest = workers.told(torch.tensor(shares, dtype=torch.float64, device=device)).tolist()
     progress = (run.step - 1) / steps
     record = Record(
         epoch=run.step // per_epoch,
@@ -207,13 +251,19 @@ def _measure(run: _Run, held: Pair, against: Against, course: Course, seed: int,
         robust=robust,
         rate=course.rate * course.schedule(progress),
         radius=against.radius * warmed(progress, course.warmup),
+        certified=rest[0] if rest else None,
     )
     best = not run.history or course.merit(record) > max(course.merit(known) for known in run.history)
     record = replace(record, best=best, collapsed=collapsed(run.history, record))
     run.history.append(record)
     if best:
-        run.best = {name: tensor.detach().clone() for name, tensor in run.average.state_dict().items()}
+        run.best = {name: team.whole(tensor) for name, tensor in run.average.state_dict().items()}
     return record
+
+
+def _shared(sums: dict[str, Tensor], workers: Team, device: torch.device) -> dict[str, Tensor]:
+    """The workers' means."""
+    return {name: workers.mean(total.to(device)).cpu() for name, total in sums.items()}
 
 
 def _tired(history: list[Record], course: Course) -> bool:
@@ -256,31 +306,35 @@ def _name(loss: Loss, data: Pair, against: Against, course: Course, seed: int, m
     return f"{recipe(loss)} {recipe(course)} {recipe(against)} seed {seed} data {digest.hexdigest()} weights {shapes}"
 
 
-def _save(run: _Run, folder: Path, name: str) -> None:
+def _save(run: _Run, folder: Path, name: str, workers: Team) -> None:
+    """All workers gather, the leader writes."""
+    device = next(run.model.parameters()).device
     parts = {
         "model": run.model.state_dict(),
         "average": run.average.state_dict() if run.average is not run.model else {},
         "optimizer": checkpoint.optimizer_tensors(run.optimizer),
-        "memory": run.memory,
-        "sums": run.sums,
+        "memory": {entry: workers.joined(value) for entry, value in run.memory.items()},
+        "sums": _shared(run.sums, workers, device),
         "best": run.best,
     }
-    tensors = {entry: value for part, held in parts.items() for entry, value in checkpoint.prefixed(part, held).items()}
+    tensors = {entry: team.whole(value) for part, held in parts.items() for entry, value in checkpoint.prefixed(part, held).items()}
+    if not workers.leads:
+        return
     plain = {"training": name, "step": run.step, "history": [record.to_dict() for record in run.history]}
     checkpoint.save(folder / checkpoint.NAME, tensors, plain)
     lines = "".join(json.dumps(record.to_dict()) + "\n" for record in run.history)
     checkpoint.write(folder / "log.jsonl", lines.encode())
 
 
-def _resume(run: _Run, path: Path, name: str) -> None:
+def _resume(run: _Run, path: Path, name: str, workers: Team) -> None:
     tensors, plain = checkpoint.load(path)
     if plain.get("training") != name:
         raise BadInput(f"checkpoint '{path}': belongs to another training: give its options again, or choose another folder")
-    run.model.load_state_dict(checkpoint.under(tensors, "model"))
+    team.load(run.model, checkpoint.under(tensors, "model"))
     if run.average is not run.model:
-        run.average.load_state_dict(checkpoint.under(tensors, "average"))
+        team.load(run.average, checkpoint.under(tensors, "average"))
     checkpoint.restore_optimizer(run.optimizer, checkpoint.under(tensors, "optimizer"))
     device = next(run.model.parameters()).device
-    run.memory.update({entry: value.to(device) for entry, value in checkpoint.under(tensors, "memory").items()})
+    run.memory.update({entry: workers.part(value).to(device) for entry, value in checkpoint.under(tensors, "memory").items()})
     run.sums, run.best = checkpoint.under(tensors, "sums"), checkpoint.under(tensors, "best")
     run.step, run.history = plain["step"], [Record(**record) for record in plain["history"]]

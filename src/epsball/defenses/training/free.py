@@ -19,8 +19,8 @@ class Free:
     """Cross-entropy at x + change; its one backward pass also takes the change a whole radius further up.
 
     Shafahi et al. 2019, arXiv 1904.12843, Algorithm 1. Every batch is shown several times in a row: set `Course.replays` (the
-    paper's m, 4 to 8) and divide the epochs by it. The change stays when the next batch comes, as in the paper. Batch norm is in
-    training mode, since the pass is shared.
+    paper's m; 8 in the released code for CIFAR-10) and divide the epochs by it. The change stays when the next batch comes, as in the
+    paper. Batch norm is in training mode, since the pass is shared.
 
     Raises:
         BadInput: batches of different sizes, as accumulation makes them.

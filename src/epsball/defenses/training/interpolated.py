@@ -28,7 +28,7 @@ def interpolated(model: Model, x: Tensor, x_adv: Tensor, y: Tensor, batch: Batch
     return (loss + loss_adv) / 2, {}
 
 
-def iat(steps: int = 10, share: float = 0.25) -> Adversarial:
+def iat(steps: int = 7, share: float = 0.25) -> Adversarial:
     """Interpolated adversarial training. Lamb et al. 2019, arXiv 1906.06784, Algorithm 1, mixup with Beta(1, 1).
 
     x_adv is found at x itself, and mixed afterwards. Cost: steps + 2 forwards and backwards.

@@ -8,10 +8,13 @@ from dataclasses import dataclass, field
 from difflib import get_close_matches
 from typing import Any
 
+from epsball.defenses.training.aligned import class_mean, nearest, one_image
+from epsball.defenses.training.attribution import art, ig_norm
 from epsball.defenses.training.awp import Awp
 from epsball.defenses.training.batch import Loss
+from epsball.defenses.training.certified import crown_ibp, ibp
 from epsball.defenses.training.cure import Cure
-from epsball.defenses.training.distillation import Tempered
+from epsball.defenses.training.distillation import Tempered, distilled
 from epsball.defenses.training.fgsm import fgsm_mix
 from epsball.defenses.training.free import Free
 from epsball.defenses.training.grad_align import grad_align
@@ -22,7 +25,7 @@ from epsball.defenses.training.pairing import CleanPairing, Squeezing, alp
 from epsball.defenses.training.pgd import fast, n_fgsm, pgd
 from epsball.defenses.training.standard import GaussianNoise, Standard
 from epsball.defenses.training.trades import trades
-from epsball.defenses.training.watch import by_clean
+from epsball.defenses.training.watch import by_certified, by_clean
 from epsball.errors import BadInput
 
 
@@ -42,6 +45,7 @@ class Method:
 
     Attributes:
         name, paper, summary: for lists. make: its options -> the loss. course: what it wants of the course unless told otherwise.
+        needs: what `make` takes besides numbers: the training `data` (x, y), or a trained `teacher`.
     """
 
     name: str
@@ -49,7 +53,22 @@ class Method:
     summary: str
     make: Callable[..., Loss]
     course: Mapping[str, Any] = field(default_factory=dict)
+    needs: tuple[str, ...] = ()
 
+    def check(self, options: Mapping[str, Any]) -> None:
+        """Raises BadInput: an unknown option, or a value that is no number."""
+        known = {name: entry for name, entry in inspect.signature(self.make).parameters.items() if name not in self.needs}
+        for option, value in options.items():
+            if option not in known:
+                raise BadInput(f"method '{self.name}': has no option '{option}': use one of {', '.join(known) or 'none'}")
+            if isinstance(value, bool) or not isinstance(value, int | float):
+                raise BadInput(f"method '{self.name}': option {option}={value!r}: give a number")
+            if isinstance(known[option].default, int) and not isinstance(value, int):
+                raise BadInput(f"method '{self.name}': option {option}={value!r}: give a whole number")
+
+
+BOUNDS: Mapping[str, Any] = {"merit": by_certified, "certify": True, "warmup": 0.6}
+"""What training by bounds wants: a long warm-up, and weights chosen by what is proven."""
 
 METHODS: dict[str, Method] = {
     method.name: method
@@ -60,7 +79,7 @@ METHODS: dict[str, Method] = {
         Method("fast", "arXiv 2001.03994", "one step from a random start", fast),
         Method("n_fgsm", "arXiv 2202.01181", "one step from noise beyond the ball", n_fgsm),
         Method("grad_align", "arXiv 2007.02617", "FGSM with aligned gradients", grad_align),
-        Method("free", "arXiv 1904.12843", "one backward for weights and change, batches replayed", Free, {"replays": 4, "epochs": 8}),
+        Method("free", "arXiv 1904.12843", "one backward for weights and change, batches replayed", Free, {"replays": 8, "epochs": 4}),
         Method("trades", "arXiv 1901.08573", "clean cross-entropy and KL inside the ball", trades),
         Method("mart", "ICLR 2020 rklOg6EFwS", "boosted cross-entropy and KL where the model is unsure", mart),
         Method("alp", "arXiv 1803.06373", "adversarial logit pairing", alp),
@@ -73,6 +92,14 @@ METHODS: dict[str, Method] = {
         Method("tempered", "arXiv 1511.04508", "the teacher of defensive distillation", Tempered, {"merit": by_clean}),
         Method("cure", "arXiv 1811.09716", "low curvature of the loss", Cure),
         Method("llr", "arXiv 1907.02610", "a loss that is linear inside the ball", llr),
+        Method("distilled", "arXiv 1511.04508", "a student of a tempered teacher", distilled, {"merit": by_clean}, ("teacher",)),
+        Method("ibp", "arXiv 1810.12715", "the worst scores that intervals allow, so that certify can prove them", ibp, BOUNDS),
+        Method("crown_ibp", "arXiv 1906.06316", "linear bounds at first, intervals at last", crown_ibp, BOUNDS),
+        Method("pag_one_image", "arXiv 2207.11378", "gradients toward one image of each class", one_image, {}, ("data",)),
+        Method("pag_class_mean", "arXiv 2207.11378", "gradients toward the mean of each class", class_mean, {}, ("data",)),
+        Method("pag_nearest", "arXiv 2207.11378", "gradients toward the nearest sample of each class", nearest, {}, ("data",)),
+        Method("art", "arXiv 1911.13073", "explanations that stay with the image", art),
+        Method("ig_norm", "arXiv 1905.09957", "integrated gradients that stay small inside the ball", ig_norm),
         Method("noise", "arXiv 1902.02918", "cross-entropy under Gaussian noise", GaussianNoise, {"merit": by_clean}),
     )
 }
@@ -91,19 +118,15 @@ def method(name: str) -> Method:
     return found
 
 
-def make(name: str, options: Mapping[str, Any]) -> Loss:
-    """The loss of a method with options of its own.
+def make(name: str, options: Mapping[str, Any], **given: Any) -> Loss:
+    """The loss of a method with options of its own. `given`: what it needs besides numbers (`Method.needs`); the rest is left aside.
 
     Raises:
-        BadInput: an unknown method or option, or a value that is no number.
+        BadInput: an unknown method or option, a value that is no number, or something that it needs and is not given.
     """
     chosen = method(name)
-    known = inspect.signature(chosen.make).parameters
-    for option, value in options.items():
-        if option not in known:
-            raise BadInput(f"method '{chosen.name}': has no option '{option}': use one of {', '.join(known) or 'none'}")
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise BadInput(f"method '{chosen.name}': option {option}={value!r}: give a number")
-        if isinstance(known[option].default, int) and not isinstance(value, int):
-            raise BadInput(f"method '{chosen.name}': option {option}={value!r}: give a whole number")
-    return chosen.make(**options)
+    chosen.check(options)
+    for need in chosen.needs:
+        if need not in given:
+            raise BadInput(f"method '{chosen.name}': needs {need}: call epsball.defenses.training.{chosen.make.__name__} with it")
+    return chosen.make(**options, **{need: given[need] for need in chosen.needs})
