@@ -16,6 +16,7 @@ from torch import Tensor, nn
 import epsball as eb
 import epsball.data
 import epsball.door
+from epsball.auditing.cost import Estimate
 from epsball.auditing.results import Report
 from epsball.errors import BadInput, EpsballError
 from epsball.models.digits import load
@@ -388,7 +389,7 @@ def test_a_refused_model_leaves_no_folder_and_an_old_run_untouched(tmp_path: Pat
 
 def test_an_error_of_the_listener_leaves_no_folder(tmp_path: Path) -> None:
     class Broken:
-        def estimate(self, seconds: float) -> None:
+        def estimate(self, most: Estimate) -> None:
             raise ZeroDivisionError
 
         def tick(self, tick: object) -> None:

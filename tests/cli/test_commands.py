@@ -114,14 +114,14 @@ def test_fail_under_decides_the_exit_code_and_junit_says_the_same(percent: str, 
 
 
 def test_a_number_that_is_not_trusted_is_below_every_bound(files: Path) -> None:
-    (files / "flat.py").write_text(
+    (files / "crowded.py").write_text(
         "import torch\nfrom epsball.models.digits import load\n\n"
-        "class Flat(torch.nn.Module):\n"
+        "class Crowded(torch.nn.Module):\n"
         "    def __init__(self):\n        super().__init__()\n        self.net = load('digits-robust')\n\n"
-        "    def forward(self, x):\n        return self.net((x * 16).round() / 16)\n\n"
-        "def make():\n    return Flat()\n"
+        "    def forward(self, x):\n        return self.net(x - 0.5 * x.mean(0, keepdim=True))\n\n"
+        "def make():\n    return Crowded()\n"
     )
-    arguments = ["audit", f"{files}/flat.py:make", "--effort", "fast", "-n", "20", "-t", "linf:0.01", "-o", f"{files}/run"]
+    arguments = ["audit", f"{files}/crowded.py:make", "--effort", "fast", "-n", "20", "-t", "linf:0.01", "-o", f"{files}/run"]
     assert main([*arguments, "--fail-under", "1"]) == 1
     assert main(arguments) == 0
 

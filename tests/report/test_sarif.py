@@ -106,7 +106,7 @@ def test_the_place_is_a_relative_uri(source, uri, build):
 def test_hostile_strings_stay_harmless(build):
     text = sarif(build.hostile(), 0.9)
     run = told(text)
-    assert len(run["results"]) >= 4
+    assert len(run["results"]) >= 3
     assert all(r["message"]["text"].isprintable() and r["ruleId"].isprintable() for r in run["results"])
     assert all(r["locations"][0]["physicalLocation"]["artifactLocation"]["uri"].isascii() for r in run["results"])
     assert {r["ruleId"] for r in run["results"]} == {rule["id"] for rule in run["tool"]["driver"]["rules"]}

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from epsball.auditing.results import ModelReport, Report, Result
+from epsball.auditing.results import ModelReport, Place, Report, Result
 from epsball.auditing.statistics import holm, mcnemar, paired_difference
 from epsball.errors import BadInput
 from epsball.store.evidence import Arrays, expand
@@ -57,10 +57,11 @@ class Side:
 
     def stands(self, result: Result) -> Array:
         """(N,) bool: correct, no adversarial input within the radius, and no NaN or infinite answer met there."""
-        broken_at = np.full(len(self.array("x")), np.inf)
-        broken_at[self.array(f"{result.threat}/rows")] = self.array(f"{result.threat}/radius")
-        met_invalid = self.array(f"{result.threat}/invalid") <= result.radius
-        stands = self.array("correct") & (broken_at > result.radius) & ~met_invalid
+        stands = self.array("correct")
+        for place in result.union or [Place(threat=result.threat, radius=result.radius, radius_text=result.radius_text)]:
+            broken_at = np.full(len(stands), np.inf)
+            broken_at[self.array(f"{place.threat}/rows")] = self.array(f"{place.threat}/radius")
+            stands = stands & (broken_at > place.radius) & ~(self.array(f"{place.threat}/invalid") <= place.radius)
         return self._checked(stands, result.robust_accuracy.count, f"{result.threat}:{result.radius_text}")
 
     def _checked(self, stands: Array, claimed: int, what: str) -> Array:
@@ -174,7 +175,7 @@ def _compare(a: Side, b: Side) -> Comparison:
     if not shared:
         raise BadInput(f"threats: {_audited(a.told)} in {a.folder}, {_audited(b.told)} in {b.folder}: audit both at the same radii")
     found = [
-        _row(one.threat, one.radius, one.radius_text, a.stands(one)[rows_a], b.stands(two)[rows_b], one.trustworthy and two.trustworthy)
+        _row(one.threat, one.radius, one.radius_text, a.stands(one)[rows_a], b.stands(two)[rows_b], _told(one) and _told(two))
         for one, two in shared
     ]
     rows = tuple(replace(row, p_adjusted=p) for row, p in zip(found, holm([row.p for row in found]), strict=True))
@@ -190,9 +191,15 @@ def _paired(first: list[tuple[bytes, int]], second: list[tuple[bytes, int]]) -> 
 
 
 def _same(one: Result, two: Result) -> bool:
-    """The same threat at the same radius; radii of a composition must agree part by part, so their texts must too."""
+    """The same threat at the same radius; radii of compositions and unions must agree part by part, so their texts must too."""
     alike = abs(one.radius - two.radius) <= 1e-9 * max(1.0, abs(one.radius))
-    return one.threat == two.threat and alike and ("+" not in one.threat or one.radius_text == two.radius_text)
+    whole = "+" not in one.threat and not one.union
+    return one.threat == two.threat and alike and (whole or one.radius_text == two.radius_text)
+
+
+def _told(result: Result) -> bool:
+    """The number may be believed, and all attacks of its plan ran."""
+    return result.trustworthy and not result.early
 
 
 def _shared(a: ModelReport, b: ModelReport) -> Iterator[tuple[Result, Result]]:
@@ -223,4 +230,4 @@ def _notes(a: Side, b: Side, paired: int, rows: tuple[Row, ...]) -> Iterator[str
         yield f"{hidden[0]} was attacked without gradients, the other with them: a difference could be the attacks'."
     untrusted = [f"{row.threat}:{row.radius_text}" for row in rows if not row.trustworthy]
     if untrusted:
-        yield f"Not trustworthy yet, as the runs' own reports say: {' '.join(untrusted)}."
+        yield f"Not trustworthy yet, or cut short, as the runs' own reports say: {' '.join(untrusted)}."

@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 from epsball.attacks import (
     Cascade,
     EveryTarget,
-    Restarts,
     apgd,
     apgd_dlr,
     apgd_t,
@@ -25,7 +24,8 @@ from epsball.attacks import (
     stadv,
 )
 from epsball.attacks.blackbox import searches
-from epsball.core import Access, AttackLike, Objective, Projects
+from epsball.attacks.combine import restarted
+from epsball.core import Access, Attack, AttackLike, Descent, Halving, Near, Objective, Projects, Victim
 from epsball.errors import BadInput
 from epsball.objectives import cross_entropy, margin
 from epsball.threats import L0, L1, L2, Color, Flow, Linf, Patch, Rigid
@@ -38,10 +38,17 @@ QUERIES = {"fast": 300, "default": 2000, "max": 10000}
 
 @dataclass(frozen=True)
 class Stage:
-    """An attack of the cascade and the most rows that it spends on one sample, for the estimate of time; with gradients if it takes any."""
+    """An attack of the cascade and the most rows that it spends on one sample, for the estimate of time; with gradients if it takes any.
+
+    `victim` is what it looks at where that is not the model itself; `keep` goes on with samples that seem broken, for a random model's
+    answer may have been luck; `beyond` marks what does not follow the model's own gradients although it has some.
+    """
 
     attack: AttackLike
     rows: int
+    victim: Victim | None = None
+    keep: bool = False
+    beyond: bool = False
 
 
 def plan(threat: Projects, effort: str, *, classes: int, single_label: bool, gradients: bool) -> tuple[Stage, ...]:
@@ -74,6 +81,18 @@ def plan(threat: Projects, effort: str, *, classes: int, single_label: bool, gra
 def black_box(threat: Projects, access: Access, queries: int) -> tuple[Stage, ...]:
     """The searches of `epsball.blackbox`, each a stage."""
     return tuple(Stage(share.attack, share.queries) for share in searches(threat, access, queries))
+
+
+def smooth(threat: Projects, effort: str) -> tuple[Stage, ...]:
+    """For gradients that jump: the mean of those at random points nearby, in two sizes of neighborhood; none where a threat draws none."""
+    if not isinstance(threat, Linf | L2 | L1):
+        return ()
+    steps, draws = _steps(threat, effort), (4, 8, 16)[EFFORTS.index(effort)]
+    searches = (
+        Attack(f"near_{share:g}", threat, margin, Descent(Halving(), gradient=Near(draws, share), inertia=0.75, noise=True), steps)
+        for share in (0.25, 1.0)
+    )
+    return tuple(Stage(search, steps * (draws + 1)) for search in searches)
 
 
 def _restarted(threat: Projects, effort: str, restarts: int, objective: Objective = cross_entropy) -> Stage:
@@ -112,25 +131,46 @@ def _grid(threat: Rigid, level: int) -> Stage:
 
 
 def _norms(threat: Projects, effort: str, classes: int) -> Iterator[Stage]:
-    """From far away inward, then APGD in its three forms; `classes` 0 where nothing can be aimed at.
+    """Aimed APGD on the margin, then short walks from far away inward; the largest effort adds long ones of both, and other losses.
 
-    Under Linf the way from far away is left to the largest effort: there it breaks 1 to 3 of 1,000 more, elsewhere up to 9 of 10.
+    `classes` is 0 where nothing can be aimed at. Under Linf and L2 twenty steps toward each of the three nearest classes break what a
+    hundred toward nine do, but for 1 or 2 of 100 samples. What they miss, other starts find, not more steps: where a search ends
+    hangs on where it starts. Under L2 these are walks; under L1, where the right sparsity has to be found as well, both.
     """
-    level, steps = EFFORTS.index(effort), _steps(threat, effort)
-    restarts = (1, 1, 3)[level]
-    if level == 2 or not isinstance(threat, Linf):
-        # Where a walk ends hangs on where it starts: several short ones break more than a long one.
-        walks = (1, 3, 5)[level]
-        yield Stage(Restarts(outside_in(_walk(effort), threat), walks), walks * (_walk(effort) + 40))
+    level, sparse = EFFORTS.index(effort), isinstance(threat, L1)
+    steps, starts = (10, 20, 20)[level], (0, 5 if sparse else 0 if isinstance(threat, L2) else 2, 10)[level]
+    yield _aimed(threat, steps, (1, 3, 3)[level], 2 if sparse else 3, classes)
+    if starts:
+        yield Stage(apgd(steps, starts, threat=threat, objective=margin), steps * starts)
+    yield _walks(threat, 30, (1, 1 if isinstance(threat, Linf) else 3, 10)[level], far=3, rounds=2)
+    if level and sparse:
+        yield _walks(threat, 60, (1, 1, 3)[level], far=3, rounds=2)
+    if level == 2:
+        yield from _long(threat, classes)
+
+
+def _long(threat: Projects, classes: int) -> Iterator[Stage]:
+    steps = _steps(threat, "max")
+    yield _walks(threat, 160, 5, far=20, rounds=4)
+    yield _aimed(threat, steps, 3, 9, classes)
+    yield _restarted(threat, "max", 3, margin)
+    yield _restarted(threat, "max", 3)
     if classes:
-        targets = min((5, 9, 9)[level], classes - 1)
-        # Aimed at the margin, not at targeted DLR: on robust models it breaks more in the same steps.
-        yield Stage(apgd_t(steps, targets=targets, threat=threat, objective=margin), steps * targets + targets + 4)
-    else:
-        yield Stage(apgd(3 * steps, restarts, threat=threat, objective=margin), 3 * steps * restarts)
-    yield Stage(apgd(steps, restarts, threat=threat), steps * restarts)
-    if level == 2 and classes:
-        yield Stage(apgd_dlr(steps, restarts, threat=threat), steps * restarts)
+        yield Stage(apgd_dlr(steps, 3, threat=threat), 3 * steps)
+
+
+def _aimed(threat: Projects, steps: int, restarts: int, targets: int, classes: int) -> Stage:
+    """At the nearest classes; the margin from several starts where nothing can be aimed at."""
+    if not classes:
+        return Stage(apgd(steps, restarts, threat=threat, objective=margin), steps * restarts)
+    count = min(targets, classes - 1)
+    # Aimed at the margin, not at targeted DLR: on robust models it breaks more in the same steps.
+    return Stage(apgd_t(steps, targets=count, threat=threat, objective=margin), steps * count + count + 4)
+
+
+def _walks(threat: Projects, steps: int, count: int, far: int, rounds: int) -> Stage:
+    walk = outside_in(steps, threat, far, rounds)
+    return Stage(restarted(walk, count), count * (steps + (rounds + 1) * far))
 
 
 def _variable(threat: Projects, steps: int, targets: int, classes: int) -> Stage:
@@ -152,11 +192,6 @@ def _steps(threat: Projects, effort: str) -> int:
     return _STEPS[effort] * (2 if isinstance(threat, L1) else 1)
 
 
-def _walk(effort: str) -> int:
-    """Steps inward; below about 40 the walk is too steep to follow the boundary."""
-    return 60 + _STEPS[effort]
-
-
 def deeper(threat: Projects, effort: str, *, classes: int, single_label: bool) -> AttackLike:
     """The plan's strongest attack again with twice the steps and all the targets: what would more effort still find?"""
     steps, aimed = 2 * _steps(threat, effort), single_label and classes >= 3
@@ -171,14 +206,10 @@ def deeper(threat: Projects, effort: str, *, classes: int, single_label: bool) -
         return apgd(20, (20, 40, 100)[level], threat=threat, objective=margin)
     if not isinstance(threat, Linf | L2 | L1):
         return _variable(threat, steps, 9, classes if aimed else 0).attack
-    if aimed:
-        strongest: AttackLike = apgd_t(steps, targets=min(9, classes - 1), threat=threat, objective=margin)
-    else:
-        strongest = apgd(3 * steps, threat=threat, objective=margin)
-    if isinstance(threat, Linf):
-        return strongest
-    walks = Restarts(outside_in(2 * _walk(effort), threat), (1, 3, 5)[level])
-    return Cascade((walks, strongest), f"outside_in and {strongest.name}")
+    short, walks = (20, 40, 200)[level], (1, 3, 5)[level]
+    again = _aimed(threat, short, (2, 6, 6)[level], 9, classes if aimed else 0).attack
+    far = _walks(threat, (60, 60, 200)[level], walks, far=3 if level < 2 else 20, rounds=2 if level < 2 else 4).attack
+    return Cascade((again, far), f"{again.name} and {far.name}")
 
 
 def default_threats(shape: tuple[int, ...], width: float) -> list[str]:

@@ -226,7 +226,7 @@ def alive(bench: Bench, seed: int) -> Iterator[Finding]:
     for name, objective in (("cross-entropy", cross_entropy), ("margin", margin)):
         for point in (x, (x + shift.to(x.dtype)).clamp(low, high)):
             try:
-                gradient = _gradient(victim, point, goal, objective)
+                gradient = slopes(victim, point, goal, objective)
             except Exception:  # an in-place step, a backward that raises, integers: no gradient is to be had
                 gradient = torch.zeros_like(point)
             sick = ~(torch.isfinite(gradient).flatten(1).all(1) & (gradient.flatten(1).abs().amax(1) > 0))
@@ -236,7 +236,7 @@ def alive(bench: Bench, seed: int) -> Iterator[Finding]:
 
 def _alive_finding(dead: dict[str, int], n: int) -> Finding:
     if dead["margin"] == n:
-        return Finding(id="no-gradient", status="block", message="No gradient reaches the input: only attacks without gradients could run.")
+        return Finding(id="no-gradient", status="block", message="No gradient reaches the input.")
     if dead["margin"] > 0.01 * n:
         message = f"The margin's gradient is zero or not finite for {dead['margin']} of {n} samples: gradient attacks are blind there."
         return Finding(id="gradient", status="block", message=message)
@@ -249,7 +249,7 @@ def _alive_finding(dead: dict[str, int], n: int) -> Finding:
     return Finding(id="gradient", status="pass", message="Gradients are finite and alive.")
 
 
-def _gradient(victim: Victim, x: Tensor, goal: Goal, objective: Objective) -> Tensor:
+def slopes(victim: Victim, x: Tensor, goal: Goal, objective: Objective) -> Tensor:
     """(B, ...) gradient of an objective at x; zeros where the output is detached from the input."""
     n, tally = len(x), Tally.zeros(len(x))
     radius = torch.zeros(n, dtype=torch.float64, device=x.device)

@@ -90,9 +90,12 @@ class Referee:
 
     The copy is taken when the referee is made; models that cannot be copied (functions, programs) are used as they are.
     The batch size is the referee's own, so that the run's batch size cannot change a ruling.
+
+    Args:
+        victim: the model. batch_size: rows per call. draws: answers that a ruling on a random model takes; the majority rules.
     """
 
-    def __init__(self, victim: Victim, batch_size: int = 128) -> None:
+    def __init__(self, victim: Victim, batch_size: int = 128, draws: int = 1) -> None:
         model = victim.model
         if isinstance(model, nn.Module):
             try:
@@ -104,10 +107,16 @@ class Referee:
         self.victim = Victim(
             model, box=victim.box, access=victim.access, batch_size=batch_size, fixed_batch=victim.fixed_batch, name=victim.name
         )
+        self.draws = draws
         self.rows = 0
 
     def outputs(self, x: Tensor, goal: Goal) -> Tensor:
-        """(B, C) fresh answers, float64; thin ones, as `goal` reads them, come from a float64 copy of the model."""
+        """(B, C) fresh answers, float64; thin ones, as `goal` reads them, come from a float64 copy of the model.
+
+        Of a random model, the share of `draws` answers that each class gets.
+        """
+        if self.draws > 1:
+            return self._votes(x, goal)
         # Rounding thin answers back to float32 would make ties of them, and ties belong to the first class.
         output = self._ask(self.victim, x).double()
         if isinstance(goal, LabelsChanged) or output.shape[1] < 2:
@@ -145,6 +154,22 @@ class Referee:
         bound, step = threat.within(self.victim.box), self.victim.batch_size or len(x)
         z = z.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
         return torch.cat([bound.apply(x[at : at + step], z[at : at + step]) for at in range(0, len(x), step)])
+
+    def _votes(self, x: Tensor, goal: Goal) -> Tensor:
+        """(B, C) share of the draws in which a class is the answer, or above 0.5 in which a label is on; NaN where any draw is no number.
+
+        Mean probabilities, scaled to less than one vote, break ties. The generators of a victim start anew with its outermost context,
+        so the same inputs in the same order get the same votes.
+        """
+        several = isinstance(goal, LabelsChanged)
+        votes = torch.zeros(())
+        with self.victim:
+            for _ in range(self.draws):
+                output = self._ask(self.victim, x).double()
+                soft = output.sigmoid() if several else output.softmax(1)
+                answer = (output > 0).double() if several else torch.nn.functional.one_hot(output.argmax(1), output.shape[1]).double()
+                votes = votes + (answer + 1e-3 * soft).masked_fill(~valid(output)[:, None], torch.nan)
+        return votes / self.draws - (0.5 if several else 0.0)
 
     def _ask(self, victim: Victim, x: Tensor) -> Tensor:
         self.rows += len(x)

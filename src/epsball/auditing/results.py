@@ -1,8 +1,8 @@
 """What an audit found, as plain data: the only thing that reports read. No tensor and no model in here.
 
 Written to `report.json`; `Report.model_json_schema()` is its documented schema (`docs/report.schema.json`).
-All rates are fractions in [0, 1]; all intervals are two-sided 95 % Clopper-Pearson intervals,
-those of classes widened so that all classes of a list hold at once.
+All rates are fractions in [0, 1]; all intervals are two-sided and hold with 95 %, those of classes widened so that all classes of
+a list hold at once. `Rate.interval` says of which kind they are.
 """
 
 from __future__ import annotations
@@ -13,6 +13,9 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 SCHEMA_VERSION = 1
+EARLY = ("budget", "gate")
+"""Flags of results whose attacks ended before their plan did, on purpose."""
+Interval = Literal["clopper-pearson", "at-any-time", "finite-population"]
 
 
 class Plain(BaseModel):
@@ -30,6 +33,12 @@ class Rate(Plain):
     count: int
     n: int
     unknown: int = Field(default=0, description="samples without a finite answer: not in count, but in the high end of the interval")
+    interval: Interval = Field(
+        default="clopper-pearson",
+        description="clopper-pearson: n was chosen beforehand; at-any-time: samples were added until enough was known, which it allows "
+        "for; finite-population: of a whole data set of which n samples were drawn",
+    )
+    population: int | None = Field(default=None, description="of a finite population: its size")
 
 
 class Flag(Plain):
@@ -69,12 +78,31 @@ class ClassRate(Plain):
     rate: Rate
 
 
+class Place(Plain):
+    """One threat at one radius."""
+
+    threat: str
+    radius: float
+    radius_text: str
+
+
+class Stopped(Plain):
+    """Why the audit of a model ended before its plan did, and what that saved."""
+
+    reason: Literal["seconds", "forwards", "width", "gate"]
+    message: str = Field(description="one sentence, with its figures")
+    samples: int = Field(description="samples that count")
+    of: int = Field(description="samples that were there")
+    forwards: int = Field(description="rows forward of all attacks and checks")
+    planned: int = Field(description="about the most rows forward that the attacks of the whole plan could have cost")
+
+
 class Result(Plain):
     """The verdict for one threat at one radius: robust accuracy is at most `robust_accuracy`."""
 
-    threat: str = Field(description="name as in threat strings: linf, l2, l1, l0 (pixels), l0f (features), flow, ..., color+linf")
-    radius: float = Field(description="in the threat's own unit; of a composition, that of its first part")
-    radius_text: str = Field(description="as the user wrote it, for example 8/255, or 0.06+8/255 of a composition")
+    threat: str = Field(description="name as in threat strings: linf, l2, l1, l0 (pixels), l0f (features), flow, ..., color+linf; or union")
+    radius: float = Field(description="in the threat's own unit; of a composition, that of its first part; of a union, its number from 1")
+    radius_text: str = Field(description="as the user wrote it, for example 8/255, 0.06+8/255 of a composition, linf:0.1|l2:1 of a union")
     robust_accuracy: Rate
     certified_accuracy: float | None = Field(default=None, description="lower bound, where one could be computed")
     trustworthy: bool = Field(description="false: do not quote robust_accuracy; the block flags say why")
@@ -85,6 +113,13 @@ class Result(Plain):
     flags: list[Flag] = []
     attacks: list[AttackRow] = []
     per_class: list[ClassRate] = []
+    union: list[Place] = Field(default=[], description="of a union (threat `union`): a sample stands where it stands at all of these")
+    whole_data: Rate | None = Field(default=None, description="the rate of the whole data set, where n samples of it were drawn beforehand")
+
+    @property
+    def early(self) -> bool:
+        """The attacks here ended before their plan did, on purpose: below a bar is a verdict, above it is none."""
+        return any(flag.id in EARLY for flag in self.flags)
 
     @property
     def value(self) -> float:
@@ -141,6 +176,8 @@ class ModelReport(Plain):
     findings: list[Finding] = []
     flags: list[Flag] = []
     results: list[Result] = []
+    population: int | None = Field(default=None, description="size of the data set that the n samples were drawn from, where it is known")
+    stopped: Stopped | None = Field(default=None, description="why the audit ended early, if it did; every number is an upper bound")
 
     @property
     def robust_accuracy(self) -> Verdicts:

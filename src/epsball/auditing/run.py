@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -12,16 +13,23 @@ import torch
 from torch import Tensor, nn
 
 from epsball.attacks import fgsm, noise
+from epsball.auditing.blocks import Turn
 from epsball.auditing.bracket import prove
-from epsball.auditing.cascade import Tick, cascade, eight_bit, planned_rows
+from epsball.auditing.canaries import misjudged
+from epsball.auditing.cascade import Tick, attack_round, eight_bit, planned_rows, stages_of
+from epsball.auditing.checks import CONTRACT_CHECKS, Scene, rounding_matters, transfer_finds_nothing
+from epsball.auditing.cost import Estimate, most_forwards
 from epsball.auditing.plan import QUERIES
 from epsball.auditing.preflight import are_probabilities, examine, look
+from epsball.auditing.react import After, react
 from epsball.auditing.referee import Referee
 from epsball.auditing.results import Finding, ModelReport
 from epsball.auditing.sheet import Sheet, Subject
+from epsball.auditing.stopping import Limits, Stopping
+from epsball.auditing.union import text, unions
 from epsball.auditing.verdict import FIXES, model_report
 from epsball.certify.bracket import Method
-from epsball.core import Access, Projects, Victim
+from epsball.core import Access, Projects
 from epsball.errors import BadInput, EpsballError, Refused
 from epsball.objectives import margin
 from epsball.store import evidence
@@ -36,8 +44,8 @@ FORMAT = 1
 class Progress(Protocol):
     """Who listens to a run."""
 
-    def estimate(self, seconds: float) -> None:
-        """Before the first attack: the most time that the plan can take."""
+    def estimate(self, most: Estimate) -> None:
+        """Before the first attack: the most that the plan can cost."""
 
     def tick(self, tick: Tick) -> None:
         """During attacks."""
@@ -46,7 +54,7 @@ class Progress(Protocol):
 class Silent:
     """Nobody listens."""
 
-    def estimate(self, seconds: float) -> None:
+    def estimate(self, most: Estimate) -> None:
         """Says nothing."""
 
     def tick(self, tick: Tick) -> None:
@@ -59,7 +67,8 @@ class Plan:
 
     `drop` takes samples out of an attack once they are broken; off, it only costs more: no verdict depends on it.
     `max_queries` replaces the most rows per sample and radius that `effort` allows searches without gradients.
-    `certify` names a method of `epsball.certify` for lower bounds; None asks for none.
+    `certify` names a method of `epsball.certify` for lower bounds; None asks for none. `limits` may end the run early.
+    `union` asks for the robust accuracy under all threats at once, too.
     """
 
     threats: tuple[ThreatSpec, ...]
@@ -68,6 +77,8 @@ class Plan:
     drop: bool = True
     max_queries: int | None = None
     certify: Method | None = None
+    limits: Limits = field(default_factory=Limits)
+    union: bool = False
 
 
 @dataclass(frozen=True)
@@ -76,18 +87,6 @@ class Audited:
 
     models: list[ModelReport]
     partial: bool
-
-
-class _Log(nn.Module):
-    """Scores from a model that answers with probabilities."""
-
-    def __init__(self, model: Any) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, x: Tensor) -> Tensor:
-        """log p."""
-        return logarithm(self.model(x))
 
 
 def logarithm(p: Tensor) -> Tensor:
@@ -115,25 +114,37 @@ def prepare(subject: Subject, plan: Plan) -> tuple[Sheet, Referee]:
         nothing = torch.zeros(1, dtype=torch.float64)
         spec.threat.within(victim.box).start(subject.x[:1], nothing, None, nothing.long())
     if victim.access > Access.LABELS and are_probabilities(bench.output):
-        victim = Victim(
-            _Log(victim.model),
-            box=victim.box,
-            access=victim.access,
-            batch_size=victim.batch_size,
-            fixed_batch=victim.fixed_batch,
-            name=victim.name,
-        )
+        victim = victim.twin(After(victim.model, logarithm))
         message = "The model answers with probabilities; their logarithm is used as scores."
         findings.append(Finding(id="probabilities", status="mended", message=message))
         bench = replace(bench, victim=victim, output=logarithm(bench.output))
     subject = replace(subject, victim=victim)
-    referee = Referee(victim)
     findings += examine(bench, seed=plan.seed, normalization=subject.normalization)
+    findings += [finding for check in CONTRACT_CHECKS for finding in check(bench)]
     refuse(findings, victim.name)
+    sight, findings = react(bench, findings, plan.effort, plan.seed)
+    referee = Referee(victim, draws=sight.judges)
     started = time.perf_counter()
     clean = referee.outputs(subject.x, subject.goal)
     pace = (time.perf_counter() - started) / len(clean)
-    return Sheet.start(subject, clean, findings, plan.threats, plan.max_queries or QUERIES[plan.effort], pace), referee
+    return Sheet.start(subject, clean, findings, plan.threats, plan.max_queries or QUERIES[plan.effort], pace, sight), referee
+
+
+@cache
+def canaries(threats: tuple[str, ...]) -> Finding:
+    """Does this very tool judge models right whose truth is known? Asked once in a process of fast searches, for the threats of a run."""
+
+    def look(subject: Subject, specs: tuple[ThreatSpec, ...]) -> Sheet:
+        sheet, referee = prepare(subject, Plan(specs, "fast"))
+        for current in sheet.rounds:
+            for stage in stages_of(sheet, current, "fast"):
+                attack_round(sheet, referee, current, stage, 0, True, lambda *_: None)
+        return sheet
+
+    wrong = [*misjudged(look, threats)]
+    if wrong:
+        return Finding(id="canaries", status="block", message=f"The tool failed: it misjudged planted models ({'; '.join(wrong)}).")
+    return Finding(id="canaries", status="pass", message="Planted models whose truth is known were judged right.")
 
 
 def in_training(model: object) -> bool:
@@ -170,15 +181,24 @@ def most_seconds(sheet: Sheet, effort: str) -> float:
     return sum(planned_rows(sheet, effort, spec.name) * cost for spec, cost in costs)
 
 
+def estimate(sheets: Sequence[Sheet], plan: Plan) -> Estimate:
+    """What the plan can cost for all models, and how much of that its limits leave room for."""
+    seconds, forwards = (
+        sum(most_seconds(sheet, plan.effort) for sheet in sheets),
+        sum(most_forwards(sheet, plan.effort) for sheet in sheets),
+    )
+    return Estimate.of(seconds, forwards, plan.limits)
+
+
 def seconds_per_row(sheet: Sheet, threat: Projects) -> float:
     """Measured cost of one gradient row on at most 64 samples."""
     subject, rows = sheet.subject, min(64, len(sheet.subject.x))
-    gradients = not sheet.found("no-gradient")
+    gradients = not sheet.sight.dead
     attack = fgsm(threat, objective=margin) if gradients else noise(draws=2, threat=threat)
     spent = []
     for _ in range(2):  # the first call also pays for what libraries set up on first use
         started = time.perf_counter()
-        attack(subject.victim, subject.x[:rows], subject.goal.take(slice(0, rows)), 1e-6, clean=sheet.clean[:rows], drop=False)
+        attack(sheet.sight.victim, subject.x[:rows], subject.goal.take(slice(0, rows)), 1e-6, clean=sheet.clean[:rows], drop=False)
         spent.append(time.perf_counter() - started)
     return min(spent) / (1.5 * rows)  # fgsm also judges its result: half a gradient row more
 
@@ -205,37 +225,46 @@ def confirm(sheets: Sequence[tuple[Sheet, Referee]], path: Path, header: dict[st
             lost = rows[~kept]
             hits.revoke(lost)
             revoked += len(lost)
-            if len(lost):
+            if len(lost) and not sheet.sight.random:  # by chance, a random model's majority may turn
                 message = f"{len(lost)} adversarial inputs under {threat} were not confirmed when read back from disk; they do not count."
                 sheet.findings.append(Finding(id="unconfirmed", status="block", message=message))
         low, high = (torch.as_tensor(bound) for bound in sheet.subject.victim.box)
         silent = not sheet.shown and sheet.found("raised")
         if not silent and sheet.subject.x.ndim >= 3 and bool((low == 0).all()) and bool((high == 1).all()):
             eight_bit(sheet, referee)
-    if revoked:
+    if revoked and any(sheet.sight.random for sheet, _ in sheets):
+        confirm(sheets, path, header)  # other rows side by side draw other numbers: until all that is stored holds as stored
+    elif revoked:
         _store(sheets, path, header)
 
 
 def _store(sheets: Sequence[tuple[Sheet, Referee]], path: Path, header: dict[str, Any]) -> None:
     arrays: evidence.Arrays = {}
     models = []
-    for number, (sheet, _) in enumerate(sheets):
+    for number, (sheet, referee) in enumerate(sheets):
         arrays |= sheet.arrays(f"m{number}")
         low, high = (torch.as_tensor(bound) for bound in sheet.subject.victim.box)
         box = [float(low.min()), float(high.max())]
         rounds = [{"threat": r.threat, "radius": r.radius, "text": r.text} for r in sheet.rounds]
-        models.append({"name": sheet.subject.victim.name, "spec": dict(sheet.subject.source), "box": box, "rounds": rounds})
+        model: dict[str, Any] = {"name": sheet.subject.victim.name, "spec": dict(sheet.subject.source), "box": box, "rounds": rounds}
+        model |= {"unions": [text(places) for places in sheet.unions], "interval": sheet.interval, "population": sheet.subject.population}
+        models.append(model if referee.draws == 1 else {**model, "draws": referee.draws})
     evidence.write(path, arrays, {**header, "format": FORMAT, "models": models})
 
 
 def audit_subjects(
-    subjects: Sequence[Subject], plan: Plan, path: Path, header: dict[str, Any], progress: Progress | None = None
+    subjects: Sequence[Subject],
+    plan: Plan,
+    path: Path,
+    header: dict[str, Any],
+    progress: Progress | None = None,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> Audited:
     """Audits every subject under the same plan and stores the evidence.
 
     Args:
         subjects: models with their data. plan: threats, effort, seed. path: where the evidence goes.
-        header: settings to store with it, JSON-safe. progress: who listens.
+        header: settings to store with it, JSON-safe. progress: who listens. clock: what a budget of seconds is read on.
 
     Returns:
         Results for every subject that was prepared before an interruption, or before a model raised, if that happened.
@@ -245,13 +274,20 @@ def audit_subjects(
     """
     progress, partial = progress or Silent(), False
     sheets: list[tuple[Sheet, Referee]] = []
+    stop = Stopping(plan.limits, clock)
     try:
         sheets.extend(prepare(subject, plan) for subject in subjects)
-        heard(progress.estimate, sum(most_seconds(sheet, plan.effort) for sheet, _ in sheets))
+        for sheet, _ in sheets:
+            sheet.findings.append(canaries(tuple(sorted(spec.name for spec in plan.threats))))
+        heard(progress.estimate, estimate([sheet for sheet, _ in sheets], plan))
         for number, (sheet, referee) in enumerate(sheets):
-            cascade(sheet, referee, plan.effort, plan.seed, plan.drop, _Part(progress, number, len(sheets)).tick)
+            sheet.unions = unions(plan.threats) if plan.union else ()
+            tick, keep = _Part(progress, number, len(sheets)).tick, _Keep(sheets, number)
+            Turn(referee, plan.effort, plan.seed, plan.drop, tick, stop, keep).take(sheet, len(sheets) - number)
             if plan.certify is not None:
-                prove(sheet, plan.certify)
+                prove(sheets[number][0], plan.certify)
+        if stop.reason is None:
+            compared(sheets, plan.seed)
     except KeyboardInterrupt:
         partial = True
         if not sheets:
@@ -264,7 +300,18 @@ def audit_subjects(
             raise
         crashed(sheets, error)
     confirm(sheets, path, header)
+    for sheet, _ in sheets:
+        for current in sheet.rounds:
+            current.flags += rounding_matters(sheet, current)
     return Audited([model_report(sheet) for sheet, _ in sheets], partial)
+
+
+def compared(sheets: Sequence[tuple[Sheet, Referee]], seed: int) -> None:
+    """What fools one model of a run is shown to the others; not to those whose every row may be paid for."""
+    for sheet, referee in sheets:
+        for current in (r for r in sheet.rounds if r.finished and sheet.shown):
+            scene = Scene(sheet, referee, current, seed, sheet.sight.victim)
+            current.flags += [flag for other, _ in sheets if other is not sheet for flag in transfer_finds_nothing(scene, other)]
 
 
 class Unheard(Exception):
@@ -296,6 +343,17 @@ def crashed(sheets: Sequence[tuple[Sheet, Referee]], error: Exception) -> None:
             message = f"The model raised {type(error).__name__} under attack ({said}); attacks after that did not run."
             sheet.findings.append(Finding(id="raised", status="block", message=message))
             return
+
+
+@dataclass(frozen=True)
+class _Keep:
+    """Puts the sheet of what counts so far in its model's place."""
+
+    sheets: list[tuple[Sheet, Referee]]
+    number: int
+
+    def __call__(self, sheet: Sheet) -> None:
+        self.sheets[self.number] = (sheet, self.sheets[self.number][1])
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from epsball.auditing.results import AttackRow, Finding, Flag
+from epsball.auditing.react import Sight
+from epsball.auditing.results import AttackRow, Finding, Flag, Interval, Place, Stopped
 from epsball.core import Access, Goal, Projects, Victim, as_goal, content_ids, valid
 from epsball.store.evidence import Arrays, compact
 from epsball.threats import ThreatSpec
@@ -23,6 +24,7 @@ class Subject:
         victim: the model. x: (N, ...) inputs in random order. y: (N,) or (N, C) labels. index: (N,) places in the source.
         data: name of the data. source: how the model can be loaded again, JSON-safe. class_names: may be empty.
         normalization: (mean, std) that the adapter applies, if any. notes: what was done on the way in.
+        population: size of the data set that the samples were drawn from, where it is known.
     """
 
     victim: Victim
@@ -34,6 +36,7 @@ class Subject:
     class_names: tuple[str, ...] = ()
     normalization: tuple[Tensor, Tensor] | None = None
     notes: tuple[str, ...] = ()
+    population: int | None = None
 
     @property
     def goal(self) -> Goal:
@@ -83,11 +86,21 @@ class Hits:
 
 @dataclass
 class Round:
-    """One threat at one radius: what was run, what it cost, and which samples (N,) are proven to stand, if anybody asked."""
+    """One threat at one radius: what was run, what it cost, and which samples (N,) are proven to stand, if anybody asked.
+
+    `planned` and `ran` count attacks; `asked` is the most rows per sample that those that ran could cost, and `late` the samples that
+    broke after more than half of the queries of a model without gradients. `beyond` counts those that broke only by searches
+    that do not follow the model's own gradients.
+    """
 
     threat: str
     radius: float
     text: str
+    planned: int = 0
+    ran: int = 0
+    asked: int = 0
+    late: int = 0
+    beyond: int = 0
     attacks: list[AttackRow] = field(default_factory=list)
     flags: list[Flag] = field(default_factory=list)
     seconds: float = 0.0
@@ -100,8 +113,10 @@ class Sheet:
     """Everything known about one model so far.
 
     Attributes:
-        queries: most rows that searches without gradients may ask per sample and radius.
+        sight: how searches with gradients look at the model. queries: most rows that searches without may ask per sample and radius.
         pace: seconds that one row forward takes.
+        unions: threats that a sample has to withstand at once, by the places where its hits are known.
+        interval: kind of the intervals of its rates. stopped: why it ended early, if it did.
     """
 
     subject: Subject
@@ -112,16 +127,26 @@ class Sheet:
     rounds: list[Round]
     queries: int
     pace: float
+    sight: Sight
     rounded: dict[str, Tensor] = field(default_factory=dict)
+    unions: tuple[tuple[Place, ...], ...] = ()
+    interval: Interval = "clopper-pearson"
+    stopped: Stopped | None = None
 
     @staticmethod
     def start(
-        subject: Subject, clean: Tensor, findings: list[Finding], threats: tuple[ThreatSpec, ...], queries: int, pace: float
+        subject: Subject,
+        clean: Tensor,
+        findings: list[Finding],
+        threats: tuple[ThreatSpec, ...],
+        queries: int,
+        pace: float,
+        sight: Sight | None = None,
     ) -> Sheet:
         """Nothing attacked yet."""
         hits = {spec.name: Hits.none(subject.x) for spec in threats}
         rounds = [Round(spec.name, r, t) for spec in threats for r, t in zip(spec.radii, spec.texts, strict=True)]
-        return Sheet(subject, clean, findings, threats, hits, rounds, queries, pace)
+        return Sheet(subject, clean, findings, threats, hits, rounds, queries, pace, sight or Sight(subject.victim))
 
     @property
     def shown(self) -> bool:

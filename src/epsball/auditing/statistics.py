@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from epsball.auditing.results import Rate
+from epsball.auditing.results import Interval, Rate
 from epsball.errors import BadInput
 
 
@@ -25,12 +25,22 @@ def clopper_pearson(count: int, n: int, level: float = 0.95) -> tuple[float, flo
     return low, high
 
 
-def rate(count: int, n: int, unknown: int = 0, level: float = 0.95) -> Rate:
-    """A rate whose interval counts `unknown` samples as failures at its low end and as successes at its high end."""
+def rate(
+    count: int, n: int, unknown: int = 0, level: float = 0.95, *, interval: Interval = "clopper-pearson", population: int | None = None
+) -> Rate:
+    """A rate whose interval counts `unknown` samples as failures at its low end and as successes at its high end.
+
+    Args:
+        count, n, unknown: samples. level: of the interval. interval: its kind. population: size of the data set, for a finite one.
+    """
     if n == 0:
-        return Rate(value=0.0, low=0.0, high=1.0, count=0, n=0)
-    low, high = clopper_pearson(count, n, level)[0], clopper_pearson(count + unknown, n, level)[1]
-    return Rate(value=count / n, low=low, high=high, count=count, n=n, unknown=unknown)
+        return Rate(value=0.0, low=0.0, high=1.0, count=0, n=0, interval=interval)
+    if interval == "finite-population":
+        low, high = finite_population(count, n, population or n, level)[0], finite_population(count + unknown, n, population or n, level)[1]
+    else:
+        ends = clopper_pearson if interval == "clopper-pearson" else at_any_time
+        low, high = ends(count, n, level)[0], ends(count + unknown, n, level)[1]
+    return Rate(value=count / n, low=low, high=high, count=count, n=n, unknown=unknown, interval=interval, population=population)
 
 
 def each_of(groups: int, level: float = 0.95) -> float:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import zip_longest
 from typing import Any
@@ -12,8 +12,10 @@ import torch
 from torch import Tensor
 
 from epsball.auditing.referee import Referee
-from epsball.auditing.results import ModelReport, Rate
+from epsball.auditing.results import ModelReport, Place, Rate, Result
 from epsball.auditing.statistics import rate
+from epsball.auditing.union import UNION, Places
+from epsball.auditing.verdict import of_all
 from epsball.core import Victim, as_goal, valid
 from epsball.errors import BadInput
 from epsball.store import evidence
@@ -55,7 +57,7 @@ def check_model(number: int, arrays: evidence.Arrays, settings: dict[str, Any], 
         BadInput: the evidence lacks a part, or the model cannot read it.
     """
     try:
-        lines = [*_lines(number, arrays, settings["rounds"], Referee(victim), told)]
+        lines = [*_lines(number, arrays, settings, Referee(victim, draws=settings.get("draws", 1)), told)]
         return lines if settings["name"] == told.name else [replace(line, follows=False) for line in lines]
     except (KeyError, IndexError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         said = " ".join(str(error).split())[:120]
@@ -65,35 +67,79 @@ def check_model(number: int, arrays: evidence.Arrays, settings: dict[str, Any], 
         ) from error
 
 
-def _lines(number: int, arrays: evidence.Arrays, rounds: list[dict[str, Any]], referee: Referee, told: ModelReport) -> Iterator[Line]:
+@dataclass(frozen=True)
+class _Seen:
+    """What a fresh look at one model's evidence found.
+
+    Attributes:
+        correct, invalid: (N,) bool, of the clean answers. broken: by threat (broken_at, invalid_at, rejected), as from `_broken_at`.
+    """
+
+    correct: Tensor
+    invalid: Tensor
+    broken: dict[str, tuple[Tensor, Tensor, int]]
+
+    def counted(self, places: Sequence[Place]) -> tuple[int, int]:
+        """Samples that stand for sure at all of the places, and those of unknown outcome."""
+        stands, unsure = self.correct, torch.zeros_like(self.correct)
+        for place in places:
+            broken_at, invalid_at, _ = self.broken[place.threat]
+            stands, unsure = stands & (broken_at > place.radius), unsure | (invalid_at <= place.radius)
+        return int((stands & ~unsure).sum()), int((stands & unsure).sum()) + int(self.invalid.sum())
+
+    def rejected(self, places: Sequence[Place]) -> int:
+        """Stored inputs that do not break the model, under any of the threats."""
+        return sum(self.broken[place.threat][2] for place in places)
+
+
+def _lines(number: int, arrays: evidence.Arrays, settings: dict[str, Any], referee: Referee, told: ModelReport) -> Iterator[Line]:
     x = torch.from_numpy(evidence.expand(arrays[f"m{number}/x"]))
     y = torch.from_numpy(arrays[f"m{number}/y"])
+    n, kind, population = len(x), settings.get("interval", "clopper-pearson"), settings.get("population")
     output = referee.outputs(x, as_goal(y))
-    correct, invalid = ~as_goal(y).reached(output) & valid(output), int((~valid(output)).sum())
-    clean = rate(int(correct.sum()), len(x), invalid)
-    yield Line(told.name, "clean", "", told.clean_accuracy.count, clean.count, len(x), 0, _alike(told.clean_accuracy, clean))
-    judged: dict[str, tuple[Tensor, Tensor, int]] = {}
+    seen = _Seen(~as_goal(y).reached(output) & valid(output), ~valid(output), {})
+    count, unknown = seen.counted(())
+    clean = rate(count, n, unknown, interval=kind)
+    follows = _alike(told.clean_accuracy, clean) and told.population == population
+    yield Line(told.name, "clean", "", told.clean_accuracy.count, count, n, 0, follows)
+    rounds = [Place(threat=r["threat"], radius=r["radius"], radius_text=r["text"]) for r in settings["rounds"]]
     # By position: a line that was added, left out or renamed on one side finds no partner.
-    for r, claim in zip_longest(rounds, told.results):
-        if r is None or claim is None or (r["threat"], r["text"]) != (claim.threat, claim.radius_text):
-            threat, text = (claim.threat, claim.radius_text) if claim is not None else (r["threat"], r["text"])
-            yield Line(told.name, threat, text, claim.robust_accuracy.count if claim else None, None, len(x), 0, False)
+    for known, claim in zip_longest(_claims(rounds, settings.get("unions", [])), told.results):
+        if known is None or claim is None or known[:2] != (claim.threat, claim.radius_text):
+            threat, text = (claim.threat, claim.radius_text) if claim is not None else known[:2]
+            yield Line(told.name, threat, text, claim.robust_accuracy.count if claim else None, None, n, 0, False)
             continue
-        if claim.threat not in judged:
-            texts = [one["text"] for one in rounds if one["threat"] == claim.threat]
-            judged[claim.threat] = _broken_at(number, parse_threat(f"{claim.threat}:{','.join(texts)}"), arrays, referee, x, y)
-        broken_at, invalid_at, rejected = judged[claim.threat]
-        standing = correct & (broken_at > r["radius"])
-        unsure = int((standing & (invalid_at <= r["radius"])).sum())
-        seen = rate(int(standing.sum()) - unsure, len(x), unsure + invalid)
-        follows = claim.radius == r["radius"] and _alike(claim.robust_accuracy, seen)
-        yield Line(told.name, claim.threat, r["text"], claim.robust_accuracy.count, seen.count, len(x), rejected, follows)
+        threat, text, places = known
+        for name in {place.threat for place in places} - set(seen.broken):
+            spec = parse_threat(f"{name}:{','.join(one.radius_text for one in rounds if one.threat == name)}")
+            seen.broken[name] = _broken_at(number, spec, arrays, referee, x, y)
+        count, unknown = seen.counted(places)
+        follows = _alike(claim.robust_accuracy, rate(count, n, unknown, interval=kind)) and _belongs(claim, places)
+        follows = follows and _alike(claim.whole_data, of_all(count, n, unknown, kind, population))
+        yield Line(told.name, threat, text, claim.robust_accuracy.count, count, n, seen.rejected(places), follows)
 
 
-def _alike(claimed: Rate, seen: Rate) -> bool:
+def _claims(rounds: Sequence[Place], unions: Sequence[str]) -> Iterator[tuple[str, str, Places]]:
+    """Threat, radius and places of everything that the run made a claim about."""
+    for place in rounds:
+        yield place.threat, place.radius_text, (place,)
+    for text in unions:
+        named = [part.partition(":")[::2] for part in text.split("|")]
+        yield UNION, text, tuple(next(p for p in rounds if (p.threat, p.radius_text) == name) for name in named)
+
+
+def _belongs(claim: Result, places: Places) -> bool:
+    """The claim is about these places."""
+    return tuple(claim.union) == places if claim.threat == UNION else claim.radius == places[0].radius and not claim.union
+
+
+def _alike(claimed: Rate | None, seen: Rate | None) -> bool:
     """Equal but for the last digits, in which other machines compute intervals differently."""
-    pairs = zip(claimed.model_dump().values(), seen.model_dump().values(), strict=True)
-    return all(abs(a - b) <= 1e-9 for a, b in pairs)
+    if claimed is None or seen is None:
+        return claimed is seen
+    ends = ((claimed.value, seen.value), (claimed.low, seen.low), (claimed.high, seen.high))
+    same = (claimed.count, claimed.n, claimed.unknown, claimed.interval) == (seen.count, seen.n, seen.unknown, seen.interval)
+    return same and all(abs(a - b) <= 1e-9 for a, b in ends)
 
 
 def _broken_at(

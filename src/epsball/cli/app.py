@@ -14,14 +14,14 @@ import typer
 from epsball.cli import certify as bounds
 from epsball.cli.compare import EXAMPLES as COMPARISONS
 from epsball.cli.compare import compare
-from epsball.cli.gate import Junit, Sarif, below, exit_code, write_findings
+from epsball.cli.gate import FailUnder, Junit, Sarif, below, exit_code, write_findings
+from epsball.cli.limits import MaxForwards, MaxSeconds, Union, UntilWidth, limits_of
 from epsball.cli.reproduce import EXAMPLES, reproduce
 from epsball.cli.served import Asked, RateLimit, Timeout, TokenEnv, endpoint_of, with_token
 from epsball.cli.train import EXAMPLES as TRAIN_EXAMPLES
 from epsball.cli.train import train
 
 if TYPE_CHECKING:
-    from epsball.auditing.results import Report
     from epsball.data import Dataset
     from epsball.door import Loaded
 
@@ -95,6 +95,7 @@ def _root(ctx: typer.Context, version: Annotated[bool, typer.Option("--version",
     epilog="Examples: epsball audit | epsball audit net.py:make -w net.safetensors "
     "-d mnist.npz --threat linf:0.1,0.2 --threat l2:2 -n 1000 "
     "| epsball audit digits-robust --fail-under 40 --json "
+    "| epsball audit --max-seconds 60 | epsball audit --until-width 10pp -t linf:0.1 -t l2:1 --union "
     "| epsball audit https://HOST/v2/models/NAME --token-env NAME_TOKEN -d x.npz"
 )
 def audit(
@@ -116,9 +117,11 @@ def audit(
     out: Annotated[
         Path | None, typer.Option("--out", "-o", metavar="DIR", help="Folder of the run; a new one under runs/ by default.")
     ] = None,
-    fail_under: Annotated[
-        float | None, typer.Option(metavar="PERCENT", min=0, max=100, help="Exit 1 if any robust accuracy is below.")
-    ] = None,
+    fail_under: FailUnder = None,
+    max_seconds: MaxSeconds = None,
+    max_forwards: MaxForwards = None,
+    until_width: UntilWidth = None,
+    union: Union = False,
     junit: Junit = None,
     sarif: Sarif = None,
     mean: Mean = None,
@@ -150,7 +153,7 @@ def audit(
     as_json: AsJson = False,
 ) -> None:
     """Say how robust a model is: attacks, a referee, intervals, and a report with evidence. Without MODEL: two digit classifiers."""
-    from epsball.cli.show import Live
+    from epsball.cli.show import Live, tell
     from epsball.door import audit_loaded
     from epsball.models.digits import NAMES
 
@@ -170,6 +173,7 @@ def audit(
         )
     _writable("junit", junit)
     _writable("sarif", sarif)
+    limits = limits_of(max_seconds, max_forwards, until_width, fail_under)
     loaded = [_model(source, device, batch_size, options if model else {}) for source in ([model] if model else NAMES)]
     with Live() as live:
         done = audit_loaded(
@@ -182,39 +186,14 @@ def audit(
             batch_size=_batch(batch_size),
             max_queries=max_queries,
             certify=certify_by.value if certify_by else None,
+            limits=limits,
+            union=union,
             progress=live,
             command=_command(),
         )
     write_findings(done, fail_under, junit, sarif)
-    _tell(done, as_json, model)
+    tell(done, as_json, model)
     raise typer.Exit(exit_code(done, fail_under))
-
-
-def _tell(done: Report, as_json: bool, model: str | None) -> None:
-    if as_json:
-        sys.stdout.write(json.dumps(done.model_dump()) + "\n")  # pydantic's own writer refuses file names that are not UTF-8
-        return
-    from rich.console import Console
-
-    from epsball import report
-
-    console = Console()
-    console.print(report.summary(done))
-    console.print(f"\nReport: {done.run}/report.html", markup=False, highlight=False, soft_wrap=True)
-    console.print(f"Next:   {_next(done, model)}", markup=False, highlight=False, soft_wrap=True)
-
-
-def _next(done: Report, model: str | None) -> str:
-    """One line on what to do now."""
-    if done.partial:
-        return "this run was interrupted; run it again to the end before quoting a number."
-    if not all(r.trustworthy for m in done.models for r in m.results):
-        return "mend what the flags name, then run the same command again."
-    if model is None:
-        return "audit your own: epsball audit file.py:factory --weights W --data D"
-    if done.effort != "max":
-        return f"epsball verify {done.run}, and before you publish the number: --effort max"
-    return f"epsball verify {done.run}"
 
 
 @app.command(
@@ -333,6 +312,7 @@ def report_(
 ) -> None:
     """Show a finished run again and render its page anew; no model is touched."""
     from epsball import report
+    from epsball.cli.show import tell
     from epsball.store.evidence import NAME
 
     _writable("junit", junit)
@@ -340,7 +320,7 @@ def report_(
     done = report.read_json(run / "report.json")
     report.write(done, run / NAME, run / "report.html")
     write_findings(done, fail_under, junit, sarif)
-    _tell(done, as_json, "as before")
+    tell(done, as_json, "as before")
     raise typer.Exit(below(done, fail_under))
 
 

@@ -10,6 +10,10 @@ import typer
 if TYPE_CHECKING:
     from epsball.auditing.results import Report
 
+FailUnder = Annotated[
+    float | None,
+    typer.Option(metavar="PERCENT", min=0, max=100, help="Exit 1 if any robust accuracy is below; stop as soon as one surely is."),
+]
 Junit = Annotated[Path | None, typer.Option(metavar="FILE", help="Also write JUnit XML, for CI.")]
 Sarif = Annotated[Path | None, typer.Option(metavar="FILE", help="Also write SARIF 2.1.0, for code scanning.")]
 
@@ -40,11 +44,14 @@ def exit_code(done: Report, fail_under: float | None) -> int:
 
 
 def below(done: Report, fail_under: float | None) -> int:
-    """1 if any robust accuracy is below `fail_under` percent or not trustworthy; 0 without a bar."""
+    """1 if any robust accuracy is below `fail_under` percent, not trustworthy, or of a run that ended early; 0 without a bar.
+
+    Attacks that did not run could have lowered a number, so one above the bar is a pass only where all of them did.
+    """
     from epsball.cli import EXIT_BELOW
     from epsball.report.view import under
 
     if fail_under is None:
         return 0
     results = [result for model in done.models for result in model.results]
-    return EXIT_BELOW if any(not result.trustworthy or under(result, fail_under / 100) for result in results) else 0
+    return EXIT_BELOW if any(not result.trustworthy or result.early or under(result, fail_under / 100) for result in results) else 0

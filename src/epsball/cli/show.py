@@ -1,7 +1,8 @@
-"""What a person sees while an audit runs: an estimate first, then one live line on stderr."""
+"""What a person sees of an audit: an estimate first, then one live line on stderr, and the result on stdout."""
 
 from __future__ import annotations
 
+import json
 import sys
 import time
 from types import TracebackType
@@ -9,6 +10,8 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from epsball.auditing.cascade import Tick
+    from epsball.auditing.cost import Estimate
+    from epsball.auditing.results import Report
 
 
 class Live:
@@ -38,12 +41,16 @@ class Live:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.bar.stop()
 
-    def estimate(self, seconds: float) -> None:
+    def estimate(self, most: Estimate) -> None:
         """Before the first attack."""
         from epsball.report.text import duration
 
         self.started = time.perf_counter()
-        self.console.print(f"The plan takes at most about {duration(seconds)}; samples that break early make it shorter.", markup=False)
+        cost = f"{duration(most.seconds)} and {most.forwards:,} rows forward"
+        self.console.print(f"The plan takes at most about {cost}; samples that break early make it shorter.", markup=False, highlight=False)
+        if most.holds is not None:
+            said = "is enough" if most.holds >= 1 else f"holds {most.holds:.0%} of that for sure: attacks that do not fit are cut"
+            self.console.print(f"The budget {said}.", markup=False, highlight=False)
 
     def tick(self, tick: Tick) -> None:
         """During attacks."""
@@ -56,3 +63,33 @@ class Live:
         if self.bar.disable and where != self.last:
             self.last = where
             self.console.print(f"{where} ({tick.share:.0%} of the plan behind us)", markup=False, highlight=False)
+
+
+def tell(done: Report, as_json: bool, model: str | None) -> None:
+    """The report on stdout, and what to do next."""
+    if as_json:
+        sys.stdout.write(json.dumps(done.model_dump()) + "\n")  # pydantic's own writer refuses file names that are not UTF-8
+        return
+    from rich.console import Console
+
+    from epsball import report
+
+    console = Console()
+    console.print(report.summary(done))
+    console.print(f"\nReport: {done.run}/report.html", markup=False, highlight=False, soft_wrap=True)
+    console.print(f"Next:   {_next(done, model)}", markup=False, highlight=False, soft_wrap=True)
+
+
+def _next(done: Report, model: str | None) -> str:
+    """One line on what to do now."""
+    if done.partial:
+        return "this run was interrupted; run it again to the end before quoting a number."
+    if any(r.early for m in done.models for r in m.results):
+        return "this run ended early, as asked; run it without limits before quoting a number."
+    if not all(r.trustworthy for m in done.models for r in m.results):
+        return "mend what the flags name, then run the same command again."
+    if model is None:
+        return "audit your own: epsball audit file.py:factory --weights W --data D"
+    if done.effort != "max":
+        return f"epsball verify {done.run}, and before you publish the number: --effort max"
+    return f"epsball verify {done.run}"

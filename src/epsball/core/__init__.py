@@ -9,7 +9,7 @@ from epsball.core.problem import Objective, Problem, Reading, Watch
 from epsball.core.random import Key, content_ids
 from epsball.core.rule import Chain, Momentum, Rule, Steepest, Unit, chain
 from epsball.core.run import run
-from epsball.core.sources import Eot, Through, Transform
+from epsball.core.sources import Eot, Near, Through, Transform
 from epsball.core.stepsize import Fixed, Halving, OfRadius, StepSize
 from epsball.core.threat import Projects, Threat
 from epsball.core.victim import Access, Tally, Victim
@@ -30,6 +30,7 @@ __all__ = [
     "LabelsChanged",
     "Model",
     "Momentum",
+    "Near",
     "Objective",
     "OfRadius",
     "Outcome",

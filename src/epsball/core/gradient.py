@@ -25,7 +25,7 @@ def autograd(problem: Problem, z: Z) -> Reading:
             score = part.objective(part, leaf, x_adv, output)
             if score.requires_grad:
                 (gradient,) = torch.autograd.grad(score.sum(), leaf, allow_unused=True)
-                part.tally.count_backward()
+                part.tally.count_backward(part.victim.draws)
             else:
                 gradient = None
         gradient = torch.zeros_like(leaf) if gradient is None else gradient
@@ -62,7 +62,7 @@ def logit_gradients(
         for left, score in zip(range(len(scores) - 1, -1, -1), scores, strict=True):
             gradient = None
             if score.requires_grad:
-                tally.count_backward()
+                tally.count_backward(victim.draws)
                 ones = torch.ones_like(score)
                 (gradient,) = torch.autograd.grad(score, leaf, ones, retain_graph=left > 0, allow_unused=True)
             yield torch.zeros_like(leaf) if gradient is None else gradient

@@ -106,3 +106,29 @@ class Through:
 
     def __repr__(self) -> str:
         return recipe(self)
+
+
+@dataclass(frozen=True, repr=False)
+class Near:
+    """The mean gradient at `draws` random points near z, and the model's honest answer at z itself.
+
+    For models whose gradient jumps about so fast that it says nothing of the next step (k-WTA and its kin: Tramer, Carlini, Brendel &
+    Madry 2020, arXiv 2002.08347, section 5). The points lie within `share` of the radius, drawn as the threat draws its starts; the
+    threat's z is the input itself. Cost: `draws` times that of `inner`, and 1 forward to judge.
+    """
+
+    draws: int = 8
+    share: float = 0.5
+    inner: Gradient = autograd
+
+    def __call__(self, problem: Problem, z: Z) -> Reading:
+        """The mean slope, the honest answer."""
+        with problem.victim:
+            # The points are drawn before any is asked, for asking moves the ledger, and the ledger is the clock.
+            ids, radius = fresh(problem.ids, problem.tally), self.share * problem.radius
+            points = [problem.threat.start(z, radius, problem.key.fold("near", k), ids) for k in range(self.draws)]
+            gradients = [self.inner(problem, point).gradient for point in points]
+            return replace(problem.judge(z), gradient=torch.stack(gradients).mean(0))
+
+    def __repr__(self) -> str:
+        return recipe(self)

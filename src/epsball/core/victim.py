@@ -14,6 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from epsball.core.average import Averaged
+from epsball.core.relaxed import Relaxed
 from epsball.core.rows import Rows, concatenate, take
 from epsball.core.steady import steady
 from epsball.core.substitute import Substituted
@@ -56,13 +58,13 @@ class Tally:
         """The same ledger, seen by some of the samples."""
         return Tally(self.forwards, self.backwards, self.blind, self.rows[rows.cpu() if isinstance(rows, Tensor) else rows])
 
-    def count_forward(self) -> None:
-        """One more row forward for every sample of the batch."""
-        self.forwards.index_add_(0, self.rows, torch.ones_like(self.rows))
+    def count_forward(self, rows: int = 1) -> None:
+        """So many more rows forward for every sample of the batch."""
+        self.forwards.index_add_(0, self.rows, torch.full_like(self.rows, rows))
 
-    def count_backward(self) -> None:
-        """One more row backward for every sample of the batch."""
-        self.backwards.index_add_(0, self.rows, torch.ones_like(self.rows))
+    def count_backward(self, rows: int = 1) -> None:
+        """So many more rows backward for every sample of the batch."""
+        self.backwards.index_add_(0, self.rows, torch.full_like(self.rows, rows))
 
     def count_blind(self) -> None:
         """One more look through a lens without a gradient, for every sample of the batch."""
@@ -85,7 +87,8 @@ class Victim:
         fixed_batch: batch size that an exported program insists on; short batches are padded.
         name: how reports call it.
 
-    `source` may say how the model can be loaded again, in plain values; who loads models sets it.
+    `draws` is how many rows of the model one answer takes; `averaged` sets it. `source` may say how the model can be loaded
+    again, in plain values; who loads models sets it.
 
     Use it as a context: inside, every submodule is in eval mode, parameters are frozen and the global random generators
     are forked; all of it is put back on the way out, exceptions included.
@@ -108,6 +111,7 @@ class Victim:
         self.fixed_batch = fixed_batch
         self.name = name
         self.lens: Lens | None = None
+        self.draws = 1
         self.source: Mapping[str, Any] | None = None
         self._restore: list[Callable[[], None]] = []
         self._depth = 0
@@ -140,9 +144,36 @@ class Victim:
         Raises:
             BadInput: no such layer, no module, or shapes that differ.
         """
+        return self.twin(Substituted.of(self.model, layer, backward, self.name))
+
+    def relaxed(self) -> Victim:
+        """This victim with a substitute derivative wherever an operation of the model has none (BPDA without a layer's name).
+
+        Athalye, Carlini & Wagner 2018, arXiv 1802.00420, section 4. `Relaxed` says what is replaced; `victim.model.met` names it
+        after a look with a gradient.
+        """
+        return self.twin(self.model if isinstance(self.model, Relaxed) else Relaxed(self.model))
+
+    def twin(self, model: Callable[[Tensor], Tensor]) -> Victim:
+        """Another model in this one's place: the same box, access, batch size and name, a context of its own."""
         twin = copy.copy(self)
-        twin._depth, twin._restore = 0, []
-        twin.model = Substituted.of(self.model, layer, backward, self.name)
+        twin._depth, twin._restore, twin.model = 0, [], model
+        return twin
+
+    def averaged(self, draws: int) -> Victim:
+        """This victim answering with the mean of `draws` answers, for models that draw random numbers (EOT).
+
+        Athalye, Engstrom, Ilyas & Kwok 2018, arXiv 1707.07397, eq. 3, with the mean taken of the scores: every search that reads
+        scores or gradients then sees their expectation. Each answer costs `draws` rows, and is counted so.
+
+        Raises:
+            BadInput: draws below 1.
+        """
+        if draws < 1:
+            raise BadInput(f"draws: {draws}: must be 1 or more")
+        twin = self.twin(Averaged(self.model, draws))
+        twin.draws = self.draws * draws
+        twin.batch_size = self.batch_size and max(1, self.batch_size // draws)  # the graphs of all draws are held at once
         return twin
 
     def __enter__(self) -> Victim:
@@ -204,7 +235,7 @@ class Victim:
         if self.fixed_batch and len(x) < self.fixed_batch:
             asked = torch.cat([asked, asked[-1:].expand(self.fixed_batch - len(x), *asked.shape[1:])])
         output = self.model(asked)
-        tally.count_forward()
+        tally.count_forward(self.draws)
         if self.lens is not None and not torch.is_grad_enabled():
             tally.count_blind()
         if not isinstance(output, Tensor) or output.ndim != 2 or len(output) != len(asked):

@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from epsball.auditing.results import SCHEMA_VERSION, ModelReport, Report, Result
 from epsball.errors import BadInput, EpsballError
 from epsball.report.text import clean, interval, percent
-from epsball.report.view import UNTRUSTED, doubts, under
+from epsball.report.view import UNTRUSTED, doubts, fails, undecided, under
 
 
 def write_atomic(path: Path, text: str) -> None:
@@ -88,7 +88,8 @@ def junit(report: Report, fail_under: float | None) -> str:
         report: what the audit found.
         fail_under: fraction in [0, 1]; a robust accuracy below it is a failure. None: only untrusted numbers are reported.
 
-    A number that is not trustworthy is an error, whatever its value: there is no verdict to pass or fail.
+    A number that is not trustworthy is an error, whatever its value: there is no verdict to pass or fail. So is one at or above the bar
+    whose attacks a budget cut short; where another number of the run fails, it is skipped.
     """
     root = ElementTree.Element("testsuites", name="epsball")
     for model in report.models:
@@ -99,15 +100,16 @@ def junit(report: Report, fail_under: float | None) -> str:
         facts = {"seed": str(report.seed), "effort": report.effort, "data": model.data, "partial": str(report.partial).lower()}
         for name, value in (facts | {f"version {k}": v for k, v in sorted(report.versions.items())}).items():
             ElementTree.SubElement(properties, "property", name=clean(name), value=clean(value))
-        kinds = [_case(suite, model, result, fail_under) for result in model.results]
+        kinds = [_case(suite, model, result, fail_under, fails(report, fail_under)) for result in model.results]
         suite.set("failures", str(kinds.count("failure")))
         suite.set("errors", str(kinds.count("error")))
+        suite.set("skipped", str(kinds.count("skipped")))
         suite.set("time", f"{sum(result.seconds for result in model.results):.3f}")
     ElementTree.indent(root)
     return '<?xml version="1.0" encoding="utf-8"?>\n' + ElementTree.tostring(root, encoding="unicode") + "\n"
 
 
-def _case(suite: ElementTree.Element, model: ModelReport, result: Result, fail_under: float | None) -> str:
+def _case(suite: ElementTree.Element, model: ModelReport, result: Result, fail_under: float | None, failed: bool) -> str:
     name = f"{clean(result.threat)}:{clean(result.radius_text)}"
     case = ElementTree.SubElement(suite, "testcase", classname=clean(model.name), name=name, time=f"{result.seconds:.3f}")
     rate = result.robust_accuracy
@@ -120,5 +122,9 @@ def _case(suite: ElementTree.Element, model: ModelReport, result: Result, fail_u
     if fail_under is not None and under(result, fail_under):
         ElementTree.SubElement(case, "failure", type="below-fail-under", message=f"{said} is below {percent(fail_under)}")
         return "failure"
+    if fail_under is not None and (why := undecided(model, result, fail_under)):
+        kind = "skipped" if failed else "error"
+        ElementTree.SubElement(case, kind, {"type": "undecided", "message": f"{said}. {why}"})
+        return kind
     ElementTree.SubElement(case, "system-out").text = said
     return "pass"

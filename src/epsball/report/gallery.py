@@ -81,7 +81,7 @@ def load(report: Report, evidence: Path | None) -> Gallery:
 
 
 def _panels(model: ModelReport, index: int, tensors: Any, names: frozenset[str]) -> Iterator[Panel]:
-    for threat in dict.fromkeys(result.threat for result in model.results):
+    for threat in dict.fromkeys(result.threat for result in model.results if not result.union):
         prefix = f"m{index}/{threat}"
         needed = {f"m{index}/x", f"m{index}/y", f"{prefix}/rows", f"{prefix}/x_adv", f"{prefix}/radius"}
         if not needed <= names:

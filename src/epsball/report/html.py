@@ -9,8 +9,8 @@ from typing import Any
 from epsball.auditing.results import ClassRate, ModelReport, Report, Result
 from epsball.report import gallery, svg
 from epsball.report.files import write_atomic
-from epsball.report.text import clean, duration, interval, percent, radius_of, symbol, unit
-from epsball.report.view import Row, doubts, headline, lowest, notices, rows, trusted, verdict
+from epsball.report.text import UNION, clean, duration, interval, percent, radius_of, symbol, unit
+from epsball.report.view import Row, doubts, headline, lowest, methods, notices, rows, trusted, verdict, whole
 
 _TOO_FEW, _MOST_CLASSES = 30, 20
 _WORDS = {0: "no", 2: "two", 3: "three", 4: "four", 5: "five"}
@@ -34,7 +34,7 @@ def render(report: Report, evidence: Path | None = None) -> str:
         lstrip_blocks=True,
     )
     environment.filters.update(
-        percent=percent, interval=interval, duration=duration, symbol=symbol, short=clean, tight=_tight, within=_within
+        percent=percent, interval=interval, duration=duration, symbol=symbol, short=clean, tight=_tight, within=_within, whole=whole
     )
     return environment.get_template("report.html.j2").render(**_context(report, gallery.load(report, evidence))) + "\n"
 
@@ -80,12 +80,16 @@ def _context(report: Report, pictures: gallery.Gallery) -> dict[str, Any]:
         "charts": _charts(report, table),
         "gallery": pictures,
         "certified": any(r.certified_accuracy is not None and trusted(m, r) for m in report.models for r in m.results),
+        "methods": methods(report),
+        "stopped": [(model.name, model.stopped.message) for model in report.models if model.stopped],
         "samples": {f"{model.n:,} samples of {clean(model.data, 60)}": None for model in report.models},
     }
 
 
 def _within(result: Row | Result) -> str:
-    """A row's or result's radius with its unit."""
+    """A row's or result's radius with its unit; of a union, all that it is of."""
+    if result.threat == UNION:
+        return clean(result.radius_text, 200).replace("|", ", ")
     return radius_of(result.threat, result.radius_text)
 
 
@@ -139,7 +143,7 @@ def _meter(model: ModelReport, index: int, result: Result | None, span: float) -
 
 def _charts(report: Report, table: list[Row]) -> list[dict[str, Any]]:
     charts = []
-    for number, threat in enumerate(dict.fromkeys(row.threat for row in table)):
+    for number, threat in enumerate(dict.fromkeys(row.threat for row in table if row.threat != UNION)):  # which has no radius to draw
         own = [row for row in table if row.threat == threat]
         series = [_series(model, index, [row.cells[index] for row in own]) for index, model in enumerate(report.models)]
         series = [curve for curve in series if curve.points[1:] or curve.floor]

@@ -11,13 +11,14 @@ from urllib.parse import quote
 
 from epsball.auditing.results import ModelReport, Report
 from epsball.report.text import clean, interval, percent
-from epsball.report.view import doubts, notices, under
+from epsball.report.view import doubts, fails, notices, undecided, under
 
 SCHEMA = "https://docs.oasis-open.org/sarif/sarif/v2.1.0/errata01/os/schemas/sarif-schema-2.1.0.json"
 Level = Literal["error", "warning"]
-BELOW, UNTRUSTED = "below-fail-under", "not-trustworthy"
+BELOW, UNTRUSTED, UNDECIDED = "below-fail-under", "not-trustworthy", "ended-early"
 RULES = {
     BELOW: "Robust accuracy is below the bar that was set.",
+    UNDECIDED: "Attacks that did not run could have lowered the number below the bar that was set.",
     UNTRUSTED: "The audit distrusts its own number, so there is no verdict to pass or fail.",
 }
 
@@ -33,7 +34,7 @@ def sarif(report: Report, fail_under: float | None) -> str:
     Every rate stands in the properties of the run. Results are placed at the file of the model, where it has one, so that
     they do not move when the audit is repeated; their fingerprints depend on model, threat, radius and rule alone.
     """
-    results = [_result(model, *found) for model in report.models for found in _found(model, fail_under)]
+    results = [_result(model, *found) for model in report.models for found in _found(model, fail_under, fails(report, fail_under))]
     rules = {result["ruleId"]: result["level"] for result in results}
     driver = {
         "name": "epsball",
@@ -49,8 +50,8 @@ def sarif(report: Report, fail_under: float | None) -> str:
     return json.dumps({"$schema": SCHEMA, "version": "2.1.0", "runs": [run]}, indent=2, sort_keys=True) + "\n"
 
 
-def _found(model: ModelReport, fail_under: float | None) -> Iterator[tuple[str, Level, str, str]]:
-    """(rule, level, where, sentence) of everything to act on."""
+def _found(model: ModelReport, fail_under: float | None, failed: bool) -> Iterator[tuple[str, Level, str, str]]:
+    """(rule, level, where, sentence) of everything to act on; `failed`: the run has its verdict."""
     for result in model.results:
         where, rate = f"{result.threat}:{result.radius_text}", result.robust_accuracy
         if reasons := doubts(model, result):
@@ -58,17 +59,21 @@ def _found(model: ModelReport, fail_under: float | None) -> Iterator[tuple[str, 
         elif fail_under is not None and under(result, fail_under):
             said = f"Robust accuracy is at most {percent(rate.value)} (95 % interval {interval(rate)}, {rate.count} of {rate.n})"
             yield BELOW, "error", where, f"{said}, below {percent(fail_under)}."
+        elif fail_under is not None and (why := undecided(model, result, fail_under)) and not failed:
+            yield UNDECIDED, "error", where, why
     for notice in notices(model):
         if notice.flag.severity == "warn":
             yield notice.flag.id, "warning", notice.where, f"{notice.flag.message} {notice.flag.fix}".strip()
+    flagged = {flag.id for flag in model.flags}
     for finding in model.findings:
-        if finding.status == "warn":
+        if finding.status == "warn" and finding.id not in flagged:
             yield finding.id, "warning", "", finding.message
 
 
 def _rule(name: str, level: str) -> dict[str, Any]:
     text = RULES.get(name, f"The audit's check '{clean(name)}' warns.")
-    return {"id": clean(name), "shortDescription": {"text": text}, "defaultConfiguration": {"level": level}}
+    page = {"text": f"docs/flags/{clean(name)}.md says what was computed, what it usually means and what to do."}
+    return {"id": clean(name), "shortDescription": {"text": text}, "help": page, "defaultConfiguration": {"level": level}}
 
 
 def _result(model: ModelReport, rule: str, level: Level, where: str, sentence: str) -> dict[str, Any]:
@@ -103,5 +108,6 @@ def _rates(model: ModelReport) -> Iterator[dict[str, Any]]:
             "value": rate.value,
             "low": rate.low,
             "high": rate.high,
+            "interval": rate.interval,
             "trustworthy": not doubts(model, result),
         }

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from epsball.auditing.results import ModelReport, Report, Result
-from epsball.report.text import clean, interval, percent, radius_of
-from epsball.report.view import UNTRUSTED, Row, notices, rows, trusted
+from epsball.report.text import UNION, clean, interval, percent, radius_of
+from epsball.report.view import UNTRUSTED, Row, methods, notices, rows, trusted, whole
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderableType
@@ -51,6 +51,8 @@ class _Summary:
         else:
             line = "No threat was audited."
         yield _text(line, encoding, "dim")
+        yield from (_text(sentence, encoding, "dim") for sentence in methods(report))
+        yield from (_text(f"{clean(m.name, 60)}: {clean(m.stopped.message)}", encoding, "yellow") for m in report.models if m.stopped)
         if report.partial:
             yield _text("Interrupted: some results are missing or early; every number is still a valid upper bound.", encoding, "yellow")
         for model in report.models:
@@ -75,6 +77,8 @@ def _clean_line(model: ModelReport, encoding: str) -> Text:
 
 
 def _name(row: Row) -> str:
+    if row.threat == UNION:
+        return f"all of {clean(row.radius_text, 80).replace('|', ', ')}"
     return f"{clean(row.threat, 20)} {radius_of(row.threat, row.radius_text, 20)}"
 
 
@@ -103,6 +107,8 @@ def _cell(model: ModelReport, result: Result | None, wide: bool, encoding: str) 
     rate = result.robust_accuracy
     bounds = f"[{100 * rate.low:.1f}, {100 * rate.high:.1f}]"
     cell = f"{percent(rate.value)}  {bounds:>13}" if wide else f"{percent(rate.value)}\n{bounds}"
+    if whole(result):
+        cell += f"\n{whole(result)}"
     if result.certified_accuracy is not None:
         cell += f"\ncertified {percent(result.certified_accuracy)}"
     return _text(cell, encoding)

@@ -22,6 +22,7 @@ _THREATS = {
     "rigid": ("rotation, shift", "the image may turn and move by up to {r} of 30 degrees and 3 pixels"),
     "patch": ("patch", "any square of {r} x {r} pixels may be painted over"),
 }
+UNION = "union"
 # threat -> what its radius is counted in, where that is not the unit of the values themselves
 _UNITS = {"flow": "px", "color": "RGB", "color-luv": "CIELUV", "rigid": "of 30 deg, 3 px", "patch": "px"}
 
@@ -108,7 +109,12 @@ def allowed(threat: str, radius_text: str, image: bool) -> str:
     'every pixel value may move by 8/255'
     >>> allowed("flow+linf", "1+8/255", image=True)
     'every pixel may move by up to 1 px and every pixel value may move by 8/255'
+    >>> allowed("union", "linf:0.1|l0:4", image=True)
+    'every pixel value may move by 0.1 or up to 4 pixels may change at will (L0)'
     """
+    if threat == UNION:
+        places = [part.partition(":") for part in radius_text.split("|")]
+        return " or ".join(allowed(name, radius, image) for name, _, radius in places)
     parts, radii = threat.split("+"), clean(radius_text, 80).split("+")
     if len(parts) != len(radii) or not all(part in _THREATS for part in parts):
         return f"the input may change by {clean(radius_text, 40)} under the threat {clean(threat, 40)}"

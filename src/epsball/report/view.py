@@ -6,10 +6,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from epsball.auditing.results import Flag, ModelReport, Report, Result
-from epsball.report.text import allowed, clean, percent, radius_of
+from epsball.report.text import allowed, clean, interval, percent, radius_of
 
 _ORDER = {"block": 0, "warn": 1, "info": 2}
 UNTRUSTED = "not trustworthy yet"
+LEAST = 0.05
+"""Share of a data set from which on its finiteness is shown."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,41 @@ def trusted(model: ModelReport, result: Result) -> bool:
 def under(result: Result, bar: float) -> bool:
     """Whether robust accuracy is below the bar, a fraction; 573 of 1,000 is not below 57.3 %, however that rounds."""
     return result.robust_accuracy.value < bar - 1e-12
+
+
+def fails(report: Report, bar: float | None) -> bool:
+    """Some robust accuracy is below the bar, so that the run has its verdict whatever the others would have come to."""
+    return bar is not None and any(under(result, bar) for model in report.models for result in model.results)
+
+
+def undecided(model: ModelReport, result: Result, bar: float) -> str:
+    """Why a number at or above the bar is no pass: attacks that did not run could have lowered it; empty where all ran."""
+    if not result.early or under(result, bar):
+        return ""
+    return clean(model.stopped.message) if model.stopped else "The attacks ended early."
+
+
+def methods(report: Report) -> list[str]:
+    """How the intervals are to be read, a sentence for each kind that the report holds."""
+    rates = [result.robust_accuracy for model in report.models for result in model.results]
+    found = {rate.interval for rate in rates}
+    sentences = []
+    if "at-any-time" in found:
+        sentences.append(
+            "Samples were added in random order until enough was known, so the intervals of these rates hold at any time, with 95 % "
+            "however often one looks; they are wider than intervals for a number of samples chosen beforehand."
+        )
+    if any(whole(result) for model in report.models for result in model.results):
+        sentences.append(
+            "The other interval is for the whole data set that the samples were drawn from, which is finite (hypergeometric, 95 %)."
+        )
+    return sentences
+
+
+def whole(result: Result) -> str:
+    """The interval for the whole data set in words, where so much of it was drawn (5 %) that it differs from that of a large one."""
+    rate = result.whole_data
+    return "" if rate is None or rate.n < LEAST * (rate.population or rate.n) else f"{interval(rate)} of all {rate.population:,}"
 
 
 def headline(report: Report) -> Row | None:

@@ -1,0 +1,73 @@
+"""Was enough tried? Another loss, twice the effort, the queries that came late."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Literal
+
+from epsball.attacks import pgd
+from epsball.auditing.checks.scene import Scene
+from epsball.auditing.plan import deeper
+from epsball.auditing.results import Flag
+from epsball.auditing.statistics import mcnemar
+from epsball.objectives import cross_entropy, margin
+
+LOSS_SAMPLE, LOSS_GAP = 128, 0.15
+EFFORT_SAMPLE, EFFORT_GAP = 64, 0.05
+
+
+def losses_agree(scene: Scene) -> Iterator[Flag]:
+    """Cross-entropy and margin, same budget, on a capped sample: a wide gap means that scores hide gradients.
+
+    Cost: at most 20 gradient rows for each of 128 samples.
+    """
+    rows, reached = scene.correct(LOSS_SAMPLE), {}
+    if not len(rows):
+        return
+    for objective in (cross_entropy, margin):
+        attack = pgd(10, threat=scene.threat, objective=objective)
+        reached[objective] = scene.search(attack, rows, objective.__name__).reached.cpu()
+    only_margin = int((reached[margin] & ~reached[cross_entropy]).sum())
+    only_ce = int((reached[cross_entropy] & ~reached[margin]).sum())
+    gap = (only_margin - only_ce) / len(rows)
+    if abs(gap) > LOSS_GAP and mcnemar(only_margin, only_ce) < 0.01:
+        weak, strong = ("cross-entropy", "the margin") if gap > 0 else ("the margin", "cross-entropy")
+        yield Flag(
+            id="losses-disagree",
+            severity="block",
+            message=f"With the same 10 steps {strong} breaks {abs(gap):.0%} more of "
+            f"{len(rows)} samples than {weak} does: scores hide gradients.",
+            fix="Attack the model without its output scaling (temperature, softmax, quantized scores), or run --effort max.",
+        )
+
+
+def queries_suffice(scene: Scene, late: int) -> Iterator[Flag]:
+    """Would more queries still break samples? Told without asking one: by how many (`late`) broke in the second half of them."""
+    n, queries = len(scene.sheet.clean), scene.sheet.queries
+    if late > EFFORT_GAP * n:
+        message = f"{late} of {n} samples broke only after half of the {queries:,} queries: more would break more."
+        yield Flag(id="effort", severity="warn", message=message, fix="Run --effort max, or raise --max-queries.")
+
+
+def effort_suffices(scene: Scene, effort: str) -> Iterator[Flag]:
+    """Would trying harder still break samples? Asked of a capped sample of those that stand, with one attack at twice the effort.
+
+    Cost: at most that of the deeper attack for each of 64 samples.
+    """
+    sheet, current, rows = scene.sheet, scene.current, scene.standing(EFFORT_SAMPLE)
+    if not len(rows):
+        return
+    attack = deeper(scene.threat, effort, classes=sheet.clean.shape[1], single_label=scene.single)
+    outcome = scene.search(attack, rows, "more effort", seed=scene.seed + 1, drop=not sheet.sight.random)
+    broken = int(scene.confirmed(rows, outcome).sum())
+    if not broken:
+        return
+    fix = "Run --effort max." if effort != "max" else "Quote the number as an upper bound that is known to be loose."
+    standing = float(sheet.standing(current.threat, current.radius).double().mean())
+    lower = broken / len(rows) * standing
+    message = (
+        f"Twice the effort still broke {broken} of {len(rows)} samples that stood: "
+        f"the true robust accuracy is lower, by about {100 * lower:.1f} points or more."
+    )
+    severity: Literal["block", "warn"] = "block" if lower > EFFORT_GAP else "warn"
+    yield Flag(id="effort", severity=severity, message=message, fix=fix)

@@ -1,0 +1,179 @@
+"""What the preflight found decides how the searches look at the model: through a twin that answers alike and hides less.
+
+Nobody tells an audit what a defense is. Steps without a useful derivative run backward as smooth ones (BPDA), scores so wide that
+losses saturate are divided, the answers of a random model are averaged (EOT), and gradients that jump are smoothed. The referee
+always judges the model itself; a twin only says where to look.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from epsball.auditing.preflight import Bench, alive, slopes
+from epsball.auditing.results import Finding
+from epsball.core import Key, Tally, Victim, content_ids
+from epsball.objectives import margin
+
+DRAWS = {"fast": 5, "default": 10, "max": 20}
+"""Answers of a random model that one look of a search averages."""
+SQUASHES = frozenset({"softmax", "log_softmax", "sigmoid", "tanh"})
+"""Last steps that keep the order of scores."""
+ALIKE, WIDEST = 0.5, 1.0
+"""Median cosine of neighboring gradients below which they say nothing of the next step; widest box that neighborhoods are measured by."""
+JUDGES = 40
+"""Draws that a ruling on a random model takes; the majority rules."""
+WIDE, CALM = 50.0, 5.0
+"""Median gap between the two best scores from which on scores are divided, and the gap that is left."""
+
+
+@dataclass(frozen=True)
+class Sight:
+    """How searches with gradients look at a model.
+
+    Attributes:
+        victim: whose gradients are followed: the model itself, or a twin. own: the model's own gradients are worth following first.
+        judges: draws of a ruling; more than 1 for a random model. hidden: steps of the model that have no useful derivative.
+        rough: gradients jump, so smoothed ones are tried as well. dead: no gradient is to be had anywhere.
+    """
+
+    victim: Victim
+    own: bool = True
+    judges: int = 1
+    hidden: tuple[str, ...] = ()
+    rough: bool = False
+    dead: bool = False
+
+    @property
+    def random(self) -> bool:
+        """The model draws random numbers."""
+        return self.judges > 1
+
+
+class After(nn.Module):
+    """A model whose scores pass through one more function."""
+
+    def __init__(self, model: Callable[[Tensor], Tensor], change: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.model = model
+        self.change = change
+        self.training = bool(getattr(model, "training", False))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """change(model(x))."""
+        return self.change(self.model(x))
+
+
+def react(bench: Bench, findings: list[Finding], effort: str, seed: int) -> tuple[Sight, list[Finding]]:
+    """The sight that the findings call for, and the findings as they read after it: what could be met is no longer a reason to stop.
+
+    Args:
+        bench: the sample of the preflight. findings: its results. effort, seed: of the run.
+
+    Cost: 1 forward and 1 backward row for each of 8 samples; where gradients are dead about 6 of each for every sample looked at.
+    """
+    if bench.thrifty:
+        return Sight(bench.victim), findings
+    faults = {f.id for f in findings if f.status == "block"}
+    sight, findings = _backward(bench, findings, faults, seed)
+    if "random" in faults and not faults & {"batch", "state"}:
+        draws = DRAWS[effort]
+        sight = replace(sight, victim=sight.victim.averaged(draws), judges=JUDGES)
+        message = f" Searches saw the mean of {draws} answers; an input counts as broken where most of {JUDGES} draws are wrong."
+        findings = [_met(f, message) if f.id == "random" else f for f in findings]
+        return sight, findings
+    likeness = alike(replace(bench, victim=sight.victim), seed)
+    if likeness < ALIKE:
+        message = (
+            f"Gradients jump: at two points a two-hundredth of the box apart, their cosine is {likeness:.2f} in the middle. "
+            "Their mean over neighborhoods was followed as well, and searches without gradients ran."
+        )
+        return replace(sight, rough=True), [*findings, Finding(id="rough", status="note", message=message)]
+    return sight, findings
+
+
+def alike(bench: Bench, seed: int) -> float:
+    """Median cosine between the margin's gradients at pairs of random points 0.005 of the box apart; 1 where there are none to compare.
+
+    Cost: 4 forward and 2 backward rows for each of at most 32 samples.
+    """
+    rows = (~bench.goal.reached(bench.output) & torch.isfinite(bench.output).all(1)).nonzero().squeeze(1)[:32]
+    x, goal, found = bench.x[rows], bench.goal.take(rows), []
+    low, high = (torch.as_tensor(bound, device=x.device) for bound in bench.victim.box)
+    for side in ("left", "right"):
+        shift = (Key.of(seed).fold(side).uniform(content_ids(x), x) - 0.5) * 0.01 * (high - low).clamp(max=WIDEST)
+        try:
+            found.append(slopes(bench.victim, (x + shift.to(x.dtype)).clamp(low, high), goal, margin).flatten(1).double())
+        except Exception:  # a model without gradients has none that jump
+            return 1.0
+    cosines = torch.nn.functional.cosine_similarity(found[0], found[1], dim=1)
+    fine = torch.isfinite(cosines) & (found[0].norm(dim=1) > 0) & (found[1].norm(dim=1) > 0)
+    return float(cosines[fine].median()) if bool(fine.any()) else 1.0
+
+
+def _backward(bench: Bench, findings: list[Finding], faults: set[str], seed: int) -> tuple[Sight, list[Finding]]:
+    """A twin through which gradients are alive, if the model's own are not or some of its steps have none."""
+    victim, twin = bench.victim, bench.victim.relaxed()
+    hidden = _hidden(bench, twin)
+    dead = faults & {"no-gradient", "gradient"}
+    if not dead:
+        if set(hidden) <= SQUASHES:  # probabilities whose logarithm has a gradient hide nothing
+            return Sight(victim), findings
+        message = f"Steps without a useful derivative: {', '.join(hidden)}. They were also attacked as if they were smooth (BPDA)."
+        return Sight(twin, hidden=hidden), [*findings, Finding(id="hidden-steps", status="note", message=message)]
+    best, said = (twin, f" {', '.join(hidden)} ran backward as if smooth (BPDA).") if hidden else (victim, "")
+    ways = [(best, said)]
+    if (gap := _gap(bench, best)) > WIDE:
+        divided = best.twin(After(best.model, _Divide(gap / CALM)))
+        ways.append((divided, f"{said} Scores were divided by {gap / CALM:.3g} for the search, so that no loss saturates."))
+    own, partly = "no-gradient" not in faults, []
+    for way, message in ways:
+        left = [f for f in alive(replace(bench, victim=way), seed) if f.status != "pass"]
+        if not left:
+            return Sight(way, own, hidden=hidden), [_met(f, message) if f.id in dead else f for f in findings]
+        if left[0].id == "gradient" and not own:
+            partly.append((way, f"{message} {left[0].message}"))
+    if partly:  # alive for some samples: better than nothing, and still a reason to doubt
+        way, message = partly[-1]
+        return Sight(way, own, hidden=hidden), [_met(f, message, "block") if f.id in dead else f for f in findings]
+    blind = [_met(f, " Only searches without gradients ran.", "block") if f.id == "no-gradient" else f for f in findings]
+    return Sight(best, own, hidden=hidden, dead=not own), blind
+
+
+@dataclass(frozen=True)
+class _Divide:
+    """Scores divided by one number."""
+
+    by: float
+
+    def __call__(self, scores: Tensor) -> Tensor:
+        return scores / self.by
+
+
+def _met(finding: Finding, how: str, status: str = "warn") -> Finding:
+    """How the plan reacted to what was found: said beside the number, and mostly no longer a reason to withhold it."""
+    return finding.model_copy(update={"status": status, "message": finding.message + how})
+
+
+def _hidden(bench: Bench, twin: Victim) -> tuple[str, ...]:
+    """Names of the steps that the twin had to give a derivative."""
+    try:
+        slopes(twin, bench.x[:8], bench.goal.take(slice(0, 8)), margin)
+    except Exception:  # what raises on the way back is the business of the check of gradients
+        return ()
+    return tuple(getattr(twin.model, "met", ()))
+
+
+def _gap(bench: Bench, victim: Victim) -> float:
+    """Median difference of the two best finite scores that a search would see. Cost: 1 forward row for each of 32 samples."""
+    x = bench.x[:32]
+    with victim:
+        output = victim.differentiable(x.detach().clone().requires_grad_(), Tally.zeros(len(x))).detach()
+    fine = output[torch.isfinite(output).all(1)]
+    if len(fine) == 0 or fine.shape[1] < 2:
+        return 0.0
+    best = fine.topk(2, dim=1).values
+    return float((best[:, 0] - best[:, 1]).median())

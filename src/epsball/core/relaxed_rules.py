@@ -1,0 +1,345 @@
+"""Substitute derivatives, one rule for each kind of operation that has none. Used by `core.relaxed` alone.
+
+A rule gets a call and returns its shadow: a tensor of the shape of the real answer, whose gradient is the substitute. Its
+value does not matter. `AS_IT_IS` leaves the operation's own derivative; `None` means that nothing is known.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from epsball.core.relaxed_book import Book, Choice
+
+LEAK = 0.1
+"""Share of the gradient that what is masked lets through: far below a threshold the soft mask alone passes next to nothing."""
+
+
+class AsItIs:
+    """The operation's own derivative is the right one."""
+
+
+AS_IT_IS = AsItIs()
+Shadow = Tensor | AsItIs | None
+
+
+@dataclass
+class Call:
+    """One operation of the model, with its real answer. Rules may leave marks: the gap of a mask, another name."""
+
+    book: Book
+    name: str
+    function: Callable[..., Any]
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    old: Tensor | None = None  # the twin of what an in-place operation changes, from before
+    base: Tensor | None = None  # the same of what that is a view of
+    real: Any = None
+    gap: Tensor | None = None
+    label: str = field(default="")
+
+    def raw(self, place: int, word: str = "") -> Any:
+        """An argument by place or by word."""
+        return self.args[place] if len(self.args) > place else self.kwargs.get(word)
+
+    def twin(self, place: int, word: str = "") -> Any:
+        """The same, as what carries its gradient; integers and masks become floats."""
+        given = self.raw(place, word)
+        if place == 0 and self.old is not None:
+            return self.old
+        twin = self.book.twin(given)
+        if twin is not None:
+            return twin
+        return given if not isinstance(given, Tensor) or soft(given) else given.float()
+
+    def named(self, label: str) -> None:
+        """What `met` will say."""
+        self.label = label
+
+
+def soft(tensor: Tensor) -> bool:
+    """Whether its dtype can carry a gradient."""
+    return tensor.is_floating_point() or tensor.is_complex()
+
+
+def _carries(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.requires_grad
+
+
+# Operations that break a gradient.
+
+
+def straight(call: Call) -> Shadow:
+    """Rounding and its kin: the identity."""
+    call.named(call.name)
+    return call.twin(0)  # type: ignore[no-any-return]
+
+
+def cast(call: Call) -> Shadow:
+    """Float to integer and back: the identity."""
+    if not isinstance(call.real, Tensor) or (soft(call.real) and soft(call.args[0])):
+        return AS_IT_IS
+    call.gap = call.book.gap(call.args[0])
+    if not soft(call.real) and soft(call.args[0]):
+        call.named("integers")
+    return call.twin(0)  # type: ignore[no-any-return]
+
+
+def divided(call: Call) -> Shadow:
+    """Division that rounds: division."""
+    if call.name == "div" and not call.kwargs.get("rounding_mode"):
+        return AS_IT_IS
+    call.named("floor_divide")
+    a, b = call.twin(0), call.twin(1)
+    return b / a if call.name == "rfloordiv" else a / b  # type: ignore[no-any-return]
+
+
+def step(call: Call) -> Shadow:
+    """sign(x) -> tanh(x / 2 w), Heaviside -> sigmoid(x / w)."""
+    call.named(call.name)
+    x = call.twin(0)
+    soft_step = torch.sigmoid(x / call.book.width(x))
+    return soft_step if call.name == "heaviside" else 2 * soft_step - 1
+
+
+def compare(call: Call) -> Shadow:
+    """a > b -> sigmoid((a - b) / w); a == b -> a bump of height 1."""
+    a, b = call.twin(0), call.twin(1)
+    if not isinstance(a, Tensor) and not isinstance(b, Tensor):
+        return None
+    gap = b - a if call.name in ("lt", "le", "less", "less_equal") else a - b
+    if not gap.is_floating_point():
+        return None
+    call.named("compare")
+    rise = torch.sigmoid(gap / call.book.width(gap))
+    if call.name in ("eq", "ne"):
+        bump = 4 * rise * (1 - rise)
+        return bump if call.name == "eq" else 1 - bump
+    call.gap = gap.detach()
+    return rise
+
+
+def detached(call: Call) -> Shadow:
+    """The identity."""
+    call.named("detach")
+    call.gap = call.book.gap(call.args[0])
+    return call.twin(0)  # type: ignore[no-any-return]
+
+
+def bucket(call: Call) -> Shadow:
+    """The number of a bucket: a straight line through the buckets."""
+    place = 0 if call.name == "bucketize" else 1
+    bounds, x = call.raw(1 - place), call.twin(place)
+    if not isinstance(bounds, Tensor) or bounds.ndim != 1 or not len(bounds):
+        return None
+    call.named(call.name)
+    return x * len(bounds) / (bounds[-1] - bounds[0]).abs().clamp_min(1e-12)  # type: ignore[no-any-return]
+
+
+def chosen(call: Call) -> Shadow:
+    """argmax -> sum_k k softmax(x / w)_k."""
+    choice = call.book.choice(call.real)
+    if choice is None:
+        return None
+    call.named(call.name)
+    share = _shares(call.book, choice)
+    number = (share * torch.arange(share.shape[-1], dtype=share.dtype, device=share.device)).sum(-1)
+    return number.unsqueeze(choice.dim) if call.real.ndim == choice.source.ndim else number
+
+
+# Operations that pass on what a twin carries.
+
+
+def product(call: Call) -> Shadow:
+    """x * mask = where(mask, x, 0)."""
+    for mask, value in ((0, 1), (1, 0)):
+        gap, x, kept = call.book.gap(call.raw(mask)), call.book.twin(call.raw(value)), call.book.twin(call.raw(mask))
+        if gap is None or x is None or kept is None or not x.is_floating_point():
+            continue
+        return _gated(call, gap, kept, x, torch.zeros((), dtype=x.dtype, device=x.device))
+    return AS_IT_IS
+
+
+def where(call: Call) -> Shadow:
+    """where(mask, a, b) -> its own derivative, and where the mask tears that of the soft mask and a share of what is masked.
+
+    Two branches with gradients keep their own derivative: a piecewise function is honest. Two constants leave all to the mask.
+    """
+    if len(call.args) + len(call.kwargs) < 3:
+        return None
+    return _switch(call, call.raw(0, "condition"), call.raw(1, "self"), call.raw(2, "other"))
+
+
+def filled(call: Call) -> Shadow:
+    """x.masked_fill(mask, v) = where(mask, v, x)."""
+    x = call.old if call.old is not None else call.args[0]
+    return _switch(call, call.raw(1, "mask"), call.raw(2, "value"), x)
+
+
+def assigned(call: Call) -> Shadow:
+    """x[mask] = v = where(mask, v, x)."""
+    index, value = call.args[1], call.args[2]
+    if call.old is None or call.book.gap(index) is None or index.shape != call.old.shape or (isinstance(value, Tensor) and value.ndim):
+        return AS_IT_IS
+    return _switch(call, index, value, call.old)
+
+
+def _switch(call: Call, condition: Tensor, a: Any, b: Any) -> Shadow:
+    book, gap, soft_condition = call.book, call.book.gap(condition), call.book.twin(condition)
+    twins = [book.twin(side) for side in (a, b)]
+    sides = [side if twin is None else twin for side, twin in zip((a, b), twins, strict=True)]
+    like = next((twin for twin in (*twins, soft_condition) if twin is not None), None)
+    if like is None:
+        return None
+    a, b = (side if isinstance(side, Tensor) else torch.tensor(float(side), dtype=like.dtype, device=like.device) for side in sides)
+    if soft_condition is not None and not (_carries(a) or _carries(b)):
+        call.named("mask")
+        switched: Tensor = soft_condition * (a - b) + b
+        return switched
+    if soft_condition is None or gap is None or (_carries(a) and _carries(b)):
+        return torch.where(condition, a, b)
+    return _gated(call, gap, soft_condition, a, b) if _carries(a) else _gated(call, -gap, 1 - soft_condition, b, a)
+
+
+def _gated(call: Call, gap: Tensor, kept: Tensor, x: Tensor, other: Tensor) -> Tensor:
+    """Where `kept` is 1 x, else the constant `other`."""
+    change, hard = (x - other).detach(), kept.detach()
+    torn = call.book.jumps(change, gap)
+    if not bool(torn.any()):
+        return x * hard + other * (1 - hard)
+    call.named("mask")
+    most = call.book.spread(call.book.by_sample(x.detach().abs()).amax(1), x)  # a mask may write minus infinity
+    change = torch.where(torn, torch.minimum(torch.maximum(change, -most), most), torch.zeros_like(change))
+    return x * torch.where(torn, LEAK + (1 - LEAK) * hard, hard) + change * kept
+
+
+def logic(call: Call) -> Shadow:
+    """and -> a b, or -> a + b - a b, xor -> a + b - 2 a b, not -> 1 - a."""
+    if call.real.dtype is not torch.bool:
+        return call.twin(0)  # type: ignore[no-any-return]
+    kind = call.name.removeprefix("logical_").removeprefix("bitwise_")
+    a, first = call.twin(0), call.book.gap(call.args[0])
+    if kind in ("not", "invert"):
+        call.gap = None if first is None else -first
+        return 1 - a  # type: ignore[no-any-return]
+    b, second = call.twin(1), call.book.gap(call.args[1])
+    if first is not None and second is not None and kind in ("and", "or"):
+        call.gap = torch.minimum(first, second) if kind == "and" else torch.maximum(first, second)
+    return a * b if kind == "and" else a + b - (1 if kind == "or" else 2) * a * b  # type: ignore[no-any-return]
+
+
+def shifted(call: Call) -> Shadow:
+    """Bits moved up or down: a factor."""
+    factor = 2.0 ** call.raw(1) if isinstance(call.raw(1), int) else 1.0
+    return call.twin(0) * factor if call.name in ("lshift", "bitwise_left_shift") else call.twin(0) / factor  # type: ignore[no-any-return]
+
+
+def some(call: Call) -> Shadow:
+    """any -> the largest, all -> the smallest."""
+    reduce = torch.amax if call.name == "any" else torch.amin
+    dim = call.raw(1, "dim")
+    return reduce(call.twin(0)) if dim is None else reduce(call.twin(0), dim, bool(call.raw(2, "keepdim")))
+
+
+def scattered(call: Call) -> Shadow:
+    """A constant written where a selection points: a mask of what is at least the least chosen."""
+    choice, value, dim = call.book.choice(call.raw(2, "index")), call.raw(3, "src"), call.raw(1, "dim")
+    value = call.kwargs.get("value") if value is None else value
+    if choice is None or call.book.twin(value) is not None or call.real.shape != choice.source.shape or dim % call.real.ndim != choice.dim:
+        return AS_IT_IS
+    source = choice.sign * choice.source
+    gap = source - source.gather(dim, call.raw(2, "index")).amin(dim, keepdim=True)
+    call.named("choice")
+    call.gap = gap.detach()
+    return torch.sigmoid(gap / call.book.width(gap)) * (value if isinstance(value, int | float) else 1.0)
+
+
+def one_hot(call: Call) -> Shadow:
+    """Soft shares of the classes."""
+    call.named("one_hot")
+    return _rows(call.book, call.args[0], call.real.shape[-1])
+
+
+def looked_up(call: Call) -> Shadow:
+    """table[index] and embeddings: the average row under soft shares."""
+    index, table = (call.args[0], call.raw(1, "weight")) if call.name == "embedding" else (call.raw(1), call.args[0])
+    if not isinstance(index, Tensor) or soft(index) or index.dtype is torch.bool or not soft(table) or len(table) > 4096:
+        return AS_IT_IS
+    if call.book.twin(table) is not None:
+        return AS_IT_IS
+    share = _rows(call.book, index, len(table))
+    if share is None:
+        return None
+    call.named("lookup")
+    mean: Tensor = share.to(table.dtype) @ table.detach().reshape(len(table), -1)
+    return mean.reshape(call.real.shape)
+
+
+def _rows(book: Book, index: Tensor, n: int) -> Tensor | None:
+    """(..., n) soft shares of n rows: of the scores that were compared, or of the distance to the number."""
+    choice = book.choice(index)
+    if choice is not None and index.ndim == choice.source.ndim - 1 and choice.source.shape[choice.dim] == n:
+        return _shares(book, choice)
+    number = book.twin(index)
+    if number is None:
+        return None
+    return torch.softmax(-(number[..., None] - torch.arange(n, dtype=number.dtype, device=number.device)).square(), -1)
+
+
+def _shares(book: Book, choice: Choice) -> Tensor:
+    """(..., n) softmax of the scores along the axis of the choice, which comes last."""
+    scores = choice.sign * choice.source
+    middle = scores - scores.mean(choice.dim, keepdim=True)
+    return torch.softmax(middle / book.width(middle), choice.dim).movedim(choice.dim, -1)
+
+
+BREAKS: dict[str, Callable[[Call], Shadow]] = {
+    **dict.fromkeys(("round", "rint", "floor", "ceil", "trunc", "fix", "hardshrink"), straight),
+    **dict.fromkeys(("quantize_per_tensor", "quantize_per_channel"), straight),
+    **dict.fromkeys(("fake_quantize_per_tensor_affine", "fake_quantize_per_channel_affine"), straight),
+    **dict.fromkeys(("to", "type", "type_as", "long", "int", "short", "char", "byte", "bool", "float", "double", "half", "bfloat16"), cast),
+    **dict.fromkeys(("floor_divide", "floordiv", "rfloordiv", "div"), divided),
+    **dict.fromkeys(("sign", "sgn", "heaviside"), step),
+    **dict.fromkeys(("gt", "ge", "lt", "le", "greater", "greater_equal", "less", "less_equal", "eq", "ne"), compare),
+    **dict.fromkeys(("detach", "data"), detached),
+    **dict.fromkeys(("bucketize", "searchsorted"), bucket),
+    **dict.fromkeys(("argmax", "argmin"), chosen),
+}
+"""Name of an operation -> its rule, whatever its arguments carry."""
+CARRIES: dict[str, Callable[[Call], Shadow]] = {
+    **dict.fromkeys(("mul", "multiply", "rmul"), product),
+    "where": where,
+    "masked_fill": filled,
+    "setitem": assigned,
+    **dict.fromkeys((f"logical_{kind}" for kind in ("and", "or", "xor", "not")), logic),
+    **dict.fromkeys((f"bitwise_{kind}" for kind in ("and", "or", "xor", "not")), logic),
+    **dict.fromkeys(("and", "or", "xor", "invert"), logic),
+    **dict.fromkeys(("any", "all"), some),
+    **dict.fromkeys(("scatter", "scatter_add"), scattered),
+    **dict.fromkeys(("lshift", "rshift", "bitwise_left_shift", "bitwise_right_shift"), shifted),
+    "one_hot": one_hot,
+    **dict.fromkeys(("embedding", "getitem"), looked_up),
+    "dequantize": cast,
+}
+"""The same, where an argument carries what autograd does not see."""
+CHOOSES = {"topk": 2, "sort": 1, "argsort": 1, "max": 1, "min": 1, "argmax": 1, "argmin": 1, "kthvalue": 2}
+"""Operations that give indices -> the place of their axis."""
+
+
+def choose(call: Call) -> None:
+    """Remembers of what a selection gave the indices."""
+    indices = call.real[1] if isinstance(call.real, tuple) and len(call.real) == 2 else call.real
+    source = call.book.twin(call.args[0])
+    if not isinstance(indices, Tensor) or soft(indices) or source is None or not source.is_floating_point():
+        return
+    dim = call.raw(CHOOSES[call.name], "dim")
+    if dim is None and call.name in ("argmax", "argmin", "max", "min"):
+        return
+    small = call.name in ("argmin", "min", "kthvalue") or call.kwargs.get("largest") is False
+    if isinstance(dim, int | None):
+        place = (-1 if dim is None else dim) % source.ndim
+        call.book.choices[id(indices)] = Choice(indices, source, place, -1.0 if small else 1.0)

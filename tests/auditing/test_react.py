@@ -1,0 +1,174 @@
+"""The plan reacts to what hides gradients: planted defenses end near the number of the model that they hide, and say what was met."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from planted import Around, Stubborn, digits, without_gradient
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import epsball as eb
+from epsball.auditing import run
+from epsball.auditing.canaries import Planted, cases, misjudged
+from epsball.auditing.cascade import attack_round, stages_of
+from epsball.auditing.preflight import look
+from epsball.auditing.react import ALIKE, After, alike
+from epsball.auditing.referee import Referee
+from epsball.auditing.results import Finding, ModelReport
+from epsball.auditing.run import Plan, canaries, prepare
+from epsball.auditing.sheet import Sheet, Subject
+from epsball.core import Untargeted, Victim
+from epsball.threats import ThreatSpec, parse_threat
+
+HIDDEN: dict[str, tuple[Callable[[nn.Module, Tensor], Tensor], str]] = {
+    "rounded": (lambda net, x: net((x * 16).round() / 16), "no-gradient"),
+    "detached": (lambda net, x: net(x.detach()), "no-gradient"),
+    "without gradient": (without_gradient, "no-gradient"),
+    "saturated": (lambda net, x: 1000 * net(x), "gradient"),
+    "probabilities": (lambda net, x: (300 * net(x)).softmax(1), "probabilities"),
+    "random": (lambda net, x: net(x + 0.05 * torch.randn_like(x)), "random"),
+}
+
+
+def audited(model: nn.Module | str, out: Path, threat: str = "linf:0.16") -> ModelReport:
+    victim = eb.load_model(model) if isinstance(model, str) else eb.wrap(model)
+    return eb.audit(victim, digits(64), threat, effort="fast", out=out).models[0]
+
+
+@pytest.mark.parametrize("name", HIDDEN)
+def test_what_hides_gradients_is_met_and_named(name: str, tmp_path: Path) -> None:
+    change, finding = HIDDEN[name]
+    hidden, bare = audited(Around(change), tmp_path / "a"), audited("digits-standard", tmp_path / "b")
+    assert {f.id: f.status for f in hidden.findings}[finding] in ("warn", "mended")
+    assert hidden.results[0].value <= bare.results[0].value + 3 / 64
+    assert not [flag for flag in hidden.flags if flag.severity == "block"]
+
+
+def test_a_backward_pass_that_raises_is_replaced_or_gone_around(tmp_path: Path) -> None:
+    model = audited(Around(lambda net, x: net(Stubborn.apply(x))), tmp_path)
+    assert "no-gradient" in {f.id for f in model.findings if f.status in ("warn", "block")}
+    assert "square" in {a.name for a in model.results[0].attacks}
+
+
+def test_an_honest_model_is_looked_at_as_it_is() -> None:
+    data = digits(64)
+    subject = Subject(eb.load_model("digits-standard"), data.x, data.y, data.indices, "digits", {})
+    sheet, referee = prepare(subject, Plan((parse_threat("linf:0.1"),), "fast"))
+    assert sheet.sight.victim is sheet.subject.victim
+    assert (sheet.sight.own, sheet.sight.judges, sheet.sight.hidden, sheet.sight.rough, referee.draws) == (True, 1, (), False, 1)
+
+
+@pytest.mark.parametrize("name", ["digits-standard", "digits-robust"])
+def test_gradients_of_honest_models_agree_with_their_neighbors(name: str) -> None:
+    assert alike(look(eb.load_model(name), digits().x, digits().y), 0) > 0.99
+
+
+def test_gradients_that_jump_do_not_and_are_smoothed() -> None:
+    data = digits(64)
+    model = eb.wrap(Around(lambda net, x: net(x + 0.002 * torch.sin(5000 * x))))
+    assert alike(look(model, data.x, data.y), 0) < ALIKE
+    sheet, _ = prepare(Subject(model, data.x, data.y, data.indices, "digits", {}), Plan((parse_threat("linf:0.1"),), "fast"))
+    stages = stages_of(sheet, sheet.rounds[0], "fast")
+    assert [s.attack.name for s in stages if s.beyond] == ["near_0.25", "near_1", "square"]
+
+
+def test_what_breaks_only_beyond_its_own_gradients_is_said(tmp_path: Path) -> None:
+    result = audited(Around(lambda net, x: net(x + 0.002 * torch.sin(5000 * x))), tmp_path).results[0]
+    beyond = sum(a.broken for a in result.attacks if a.name in ("near_0.25", "near_1", "square"))
+    assert beyond > 0
+    assert str(beyond) in {f.id: f.message for f in result.flags}["masked"]
+
+
+class Coin(nn.Module):
+    """Class 0 with probability `share`, else class 1."""
+
+    def __init__(self, share: float) -> None:
+        super().__init__()
+        self.share = share
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.one_hot((torch.rand(len(x)) >= self.share).long(), 3).float() + 0 * x.sum()
+
+
+@pytest.mark.parametrize(("share", "answer"), [(0.9, 0), (0.1, 1)])
+def test_the_majority_of_the_draws_rules(share: float, answer: int) -> None:
+    referee, x = Referee(Victim(Coin(share)), draws=40), torch.zeros(200, 2)
+    votes = referee.outputs(x, Untargeted(torch.zeros(200, dtype=torch.long)))
+    assert votes.argmax(1).eq(answer).all()
+    assert referee.rows == 40 * 200
+    assert abs(float(votes[:, 0].mean()) - share) < 0.02
+    assert torch.equal(votes, referee.outputs(x, Untargeted(torch.zeros(200, dtype=torch.long))))
+
+
+def test_a_random_models_run_can_be_verified(tmp_path: Path) -> None:
+    model = Around(HIDDEN["random"][0])
+    audited(model, tmp_path / "run")
+    assert all(line.holds for line in eb.verify(tmp_path / "run", [eb.wrap(model)]))
+
+
+def search(subject: Subject, threats: tuple[ThreatSpec, ...]) -> Sheet:
+    sheet, referee = prepare(subject, Plan(threats, "fast"))
+    for current in sheet.rounds:
+        for stage in stages_of(sheet, current, "fast"):
+            attack_round(sheet, referee, current, stage, 0, True, lambda *_: None)
+    return sheet
+
+
+def test_the_canaries_are_judged_right() -> None:
+    finding = canaries(("l1", "l2", "linf"))
+    assert (finding.id, finding.status) == ("canaries", "pass"), finding.message
+
+
+def test_half_of_the_canaries_samples_can_be_broken() -> None:
+    own = Planted.make()
+    assert 8 <= int((own.least(1.0) < own.radius(1.0)).sum()) <= 16
+    assert len(own.y.unique()) == 3
+
+
+def test_a_search_that_finds_nothing_fails_the_canaries(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run, "stages_of", lambda *_: ())
+    finding = canaries.__wrapped__(("linf",))
+    assert finding.status == "block"
+    assert "can be broken and were not" in finding.message
+
+
+def test_a_referee_that_believes_everything_fails_the_canaries() -> None:
+    def gullible(subject: Subject, threats: tuple[ThreatSpec, ...]) -> Sheet:
+        sheet = search(subject, threats)
+        sheet.hits[threats[0].name].radius[:] = 0.0
+        return sheet
+
+    assert any("cannot be broken and were" in said for said in misjudged(gullible, ("linf",)))
+
+
+def test_a_preflight_that_sees_nothing_fails_the_canaries() -> None:
+    def blind(subject: Subject, threats: tuple[ThreatSpec, ...]) -> Sheet:
+        sheet = search(subject, threats)
+        sheet.findings = [Finding(id=f.id, status="pass", message=f.message) for f in sheet.findings]
+        return sheet
+
+    said = [*misjudged(blind, ("linf",))]
+    assert all(any(truth.finding in one for one in said) for _, _, truth in cases(Planted.make()) if truth.finding)
+
+
+def test_the_closed_form_of_the_canaries_is_exact() -> None:
+    own = Planted.make()
+    least = own.least(1.0)
+    for share, stands in ((0.999, True), (1.001, False)):
+        others = [torch.where(own.y == c, -1, c) for c in range(3)]
+        broken = torch.zeros(len(own.x), dtype=torch.bool)
+        for c, other in enumerate(others):
+            slope = own.weight[c] - own.weight[own.y]
+            moved = own.x + (share * least)[:, None].float() * slope.sign() * (other >= 0)[:, None]
+            broken |= (moved @ own.weight.T + own.bias).argmax(1) != own.y
+        assert bool((~broken).all()) is stands
+        assert bool(broken.all()) is not stands
+
+
+def test_scores_may_pass_through_a_function() -> None:
+    x = torch.rand(3, 2)
+    assert torch.equal(After(nn.Identity(), torch.neg)(x), -x)
