@@ -43,6 +43,20 @@ def contenders() -> list[Contender]:
     return [*_ours(), *_adv_lib(), *_foolbox(), *_torchattacks(), *_art(), *_official()]
 
 
+def long_contenders() -> list[Contender]:
+    """For 1,000 queries: `eb.smallest`, and the two peers of each norm that were best with 400."""
+    chosen = [Contender("epsball", "smallest", "smallest 480", norm, {"threat": norm, "steps": 480}) for norm in P]
+    for norm, name in (("linf", "Linfinity"), ("l2", "L2"), ("l1", "L1"), ("l0f", "L0")):
+        brendel = {"from_data": True, "steps": 490}
+        chosen.append(Contender("foolbox", f"{name}BrendelBethgeAttack", "BB 490, from an image", norm, brendel))
+    bisected = {"norm": P["linf"], "max_eps": 0.5, "binary_search_steps": 9, "n_iter": 50, "use_large_reps": False}
+    chosen.append(Contender("adv-lib", "auto_pgd.minimal_apgd", "APGD 50, 9 bisections", "linf", bisected))
+    chosen.append(Contender("adv-lib", "ddn", "DDN 500, no levels", "l2", {"steps": 500, "levels": None}))
+    chosen.append(Contender("adv-lib", "pdpgd", "PDPGD 500", "l1", {"norm": P["l1"], "num_steps": 500}))
+    chosen.append(Contender("adv-lib", "sigma_zero", "sigma-zero 500", "l0f", {"num_steps": 500}))
+    return chosen
+
+
 def _ours() -> Iterator[Contender]:
     def mine(attack: str, label: str, norm: str, same: str = "", /, **options: Any) -> Contender:
         return Contender("epsball", attack, label, norm, {"threat": norm, **options}, same)
@@ -136,7 +150,8 @@ def _torchattacks() -> Iterator[Contender]:
     yield theirs("CW", "C&W 200, c 1, rate 0.1", "l2", "C&W few rounds", steps=200, lr=0.1)
     yield theirs("DeepFool", "DeepFool (default)", "l2", "DeepFool")
     yield theirs("EADL1", "EAD 9 x 14", "l1", "EAD", max_iterations=14)  # 2 forwards, 1 backward
-    yield theirs("EADL1", "EAD 2 x 66, c 0.1", "l1", "EAD", binary_search_steps=2, max_iterations=66, initial_const=0.1)
+    few = {"binary_search_steps": 2, "max_iterations": 66, "initial_const": 0.1}
+    yield theirs("EADL1", "EAD 2 x 66, c 0.1", "l1", "EAD", **few)
     for norm in ("linf", "l2", "l1"):
         yield theirs("FAB", "FAB 33", norm, "FAB", norm=norm.capitalize(), eps=None, steps=33)  # 2 forwards, 10 backwards
     yield theirs("SparseFool", "SparseFool (default)", "l0f")
@@ -155,9 +170,8 @@ def _art() -> Iterator[Contender]:
     yield theirs("CarliniL0Method", "C&W (default)", "l0f", "C&W")
     yield theirs("DeepFool", "DeepFool (default)", "l2", "DeepFool")
     yield theirs("ElasticNet", "EAD 9 x 8", "l1", "EAD", max_iter=8)  # 4 forwards, 2 backwards
-    yield theirs(
-        "ElasticNet", "EAD 4 x 18, L1, c 1", "l1", "EAD", binary_search_steps=4, max_iter=18, initial_const=1.0, decision_rule="L1"
-    )
+    few = {"binary_search_steps": 4, "max_iter": 18, "initial_const": 1.0, "decision_rule": "L1"}
+    yield theirs("ElasticNet", "EAD 4 x 18, L1, c 1", "l1", "EAD", **few)
 
 
 def _official() -> Iterator[Contender]:

@@ -6,8 +6,8 @@ smallest change among all inputs that the attack asked about within its budget a
 library is punished for what it returns; the returned answer is judged too and shown beside it. Scores and tables: scores.py.
 
 Every run is kept in benchmarks/cache/optimality under a hash of its settings, and the tables are made from there: `--only TEXT`,
-`--models`, `--norms` run a part, `--again` runs it anew, `--tables` runs nothing. Needs EPSBALL_DATA and the peers' environment
-(peers.md); a library that is not there is left out and named.
+`--models`, `--norms` run a part, `--again` runs it anew, `--tables` runs nothing; `--long` runs a few attacks with 1,000 queries.
+Needs EPSBALL_DATA and the peers' environment (peers.md); a library that is not there is left out and named.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ from torch import Tensor, nn
 import epsball as eb
 import nets
 import scores
-from contenders import Contender, contenders
+from contenders import Contender, contenders, long_contenders
 from peers import Counting, P, available, distances, reached
 
 HERE = Path(__file__).parent
 CACHE = nets.CACHE / "optimality"
 MODELS = ("mnist-standard", "mnist-robust", "cifar-standard", "cifar-robust")
-BUDGET = 400
+BUDGET, LONG = 400, 1000
 
 
 class Spent(Exception):
@@ -128,15 +128,15 @@ def source_digest() -> str:
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:12]
 
 
-def place(model: str, contender: Contender, version: str, n: int, seed: int) -> Path:
+def place(model: str, contender: Contender, version: str, n: int, seed: int, budget: int = BUDGET) -> Path:
     """Where a run is kept: the name says what, the hash holds every setting."""
-    settings = [model, contender.library, version, contender.attack, contender.norm, dict(contender.options), n, seed, BUDGET]
+    settings = [model, contender.library, version, contender.attack, contender.norm, dict(contender.options), n, seed, budget]
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:10]
     name = "".join(c if c.isalnum() else "-" for c in f"{model} {contender.norm} {contender.name}".lower())
     return CACHE / f"{name}-{digest}.npz"
 
 
-def attacked(contender: Contender, at: Case) -> scores.Record:
+def attacked(contender: Contender, at: Case, budget: int = BUDGET) -> scores.Record:
     """One run, judged. A library that raises keeps what it had asked so far, with its error."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -145,7 +145,7 @@ def attacked(contender: Contender, at: Case) -> scores.Record:
         torch.manual_seed(0)
         np.random.seed(0)  # noqa: NPY002  (ART and foolbox draw from the global generators)
         random.seed(0)
-        tracker = Tracker(at.x, at.y, contender.norm, BUDGET)
+        tracker = Tracker(at.x, at.y, contender.norm, budget)
         model = Counting(at.net, tracker).eval()
         returned, trouble = torch.full((len(at.x),), torch.inf, dtype=torch.float64), ""
         before = pace(at)
@@ -163,7 +163,7 @@ def attacked(contender: Contender, at: Case) -> scores.Record:
         done = reached(at.net, x_adv, at.y)
         returned[done] = distances(contender.norm, at.x[done], x_adv[done])
         with torch.no_grad():  # an answer that was never asked counts like a question
-            tracker.look(x_adv, at.net(x_adv), torch.arange(len(at.x)), tracker.spent <= BUDGET)
+            tracker.look(x_adv, at.net(x_adv), torch.arange(len(at.x)), tracker.spent <= budget)
     n = len(at.x)
     return scores.Record(
         best=tracker.best.numpy(),
@@ -205,29 +205,60 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--only", default="", help="only attacks whose library and label contain this")
     parser.add_argument("--again", action="store_true", help="run even what is kept")
     parser.add_argument("--tables", action="store_true", help="run nothing, write the tables")
+    parser.add_argument("--long", action="store_true", help=f"run the few attacks that get {LONG} queries, on half as many CIFAR-10 images")
     return parser.parse_args()
 
 
 def wanted(arguments: argparse.Namespace, found: dict[str, str]) -> list[Contender]:
     """The chosen attacks of the libraries that are here."""
-    chosen = [c for c in contenders() if c.norm in arguments.norms and arguments.only.lower() in c.name.lower()]
+    every = long_contenders() if arguments.long else contenders()
+    chosen = [c for c in every if c.norm in arguments.norms and arguments.only.lower() in c.name.lower()]
     return [c for c in chosen if c.library in found]
+
+
+def long_n(model: str, n: int) -> int:
+    """Images for the long runs: half as many of CIFAR-10."""
+    return n if model.startswith("mnist") else n // 2
 
 
 def run_all(arguments: argparse.Namespace, found: dict[str, str]) -> None:
     """Runs what is asked for and not kept yet."""
     CACHE.mkdir(parents=True, exist_ok=True)
+    budget = LONG if arguments.long else BUDGET
     for name in arguments.models:
-        todo = [(c, place(name, c, found[c.library], arguments.n, arguments.seed)) for c in wanted(arguments, found)]
+        n = long_n(name, arguments.n) if arguments.long else arguments.n
+        todo = [(c, place(name, c, found[c.library], n, arguments.seed, budget)) for c in wanted(arguments, found)]
         todo = [(c, path) for c, path in todo if arguments.again or not path.exists()]
         if not todo:
             continue
-        at = case(name, arguments.n, arguments.seed)
+        at = case(name, n, arguments.seed)
         for contender, path in todo:
-            record = attacked(contender, at)
+            record = attacked(contender, at, budget)
             record.save(path)
             median = np.median(record.best)
             print(f"{name:15} {contender.norm:4} {contender.name:46} {median:9.4g} {record.seconds:7.2f} s {record.trouble}", flush=True)
+
+
+def longer(arguments: argparse.Namespace, found: dict[str, str], records: scores.Records) -> list[str]:
+    """The section about the kept runs of `LONG` queries; nothing where there are none. A subset of images is a prefix of the larger."""
+    kept = {}
+    for name in MODELS:
+        n = long_n(name, arguments.n)
+        places = {c: place(name, c, found[c.library], n, arguments.seed, LONG) for c in long_contenders() if c.library in found}
+        kept |= {(name, c): scores.Record.load(path) for c, path in places.items() if path.exists()}
+    if not kept:
+        return []
+    pairs = {(name, c.norm) for name, c in records}
+    best = {(m, norm): scores.union([r for (name, c), r in records.items() if (name, c.norm) == (m, norm)]) for m, norm in pairs}
+    return [
+        "",
+        f"## With {LONG:,} queries",
+        "",
+        f"`--long`: {LONG // 2} forwards and as many backwards an image, on half as many CIFAR-10 images. Against the smallest changes",
+        "known from any run of either budget, so that the figures are not those of the tables below, where less was known.",
+        "",
+        *scores.long_table(kept, MODELS, best),
+    ]
 
 
 def machine() -> str:
@@ -269,7 +300,7 @@ def main() -> None:
         *missing,
         *([f"Recorded with an earlier state of the package's source: {', '.join(stale)}."] if stale else []),
     ]
-    scores.write(HERE / "results", head, records, MODELS)
+    scores.write(HERE / "results", head, records, MODELS, longer(arguments, found, records))
 
 
 if __name__ == "__main__":

@@ -2,13 +2,14 @@
 
 A run is `run(model, x, y) -> x_adv`; `model` counts (peers.Counting). `BLACK_BOX[library](attack, **options)` makes one.
 Official code lies in the folder that EPSBALL_OFFICIAL names (default ../peers/official beside the checkout): RayS, sparse-rs,
-SurFree and HSJA, each a clone under its own name at the commit in `COMMITS`. RayS asks for CUDA and for a progress bar: both
-are stood in for.
+SurFree and HSJA, each a clone under its own name at the commit in `COMMITS`, and attackbox (Opt-Attack,
+Sign-OPT). RayS asks for CUDA and for a progress bar: both are stood in for.
 """
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import importlib
 import importlib.metadata
 import importlib.util
@@ -17,7 +18,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 from unittest.mock import MagicMock, patch
 
@@ -31,6 +32,7 @@ from epsball.core import Tally, Victim
 from peers import Counting, Run
 
 OFFICIAL = Path(os.environ.get("EPSBALL_OFFICIAL", Path(__file__).parents[2] / "peers" / "official"))
+ATTACKBOX = OFFICIAL / "attackbox" / "attack"
 COMMITS = {"RayS": "29bc174", "sparse-rs": "21d8759", "SurFree": "c9920f2", "HSJA": "6a91456"}
 CLASSES = 10  # of all networks here; ART and SurFree want to know
 FILES = {"RayS": "RayS", "sparse-rs": "rs_attacks", "SurFree": "surfree", "HSJA": "hsja"}
@@ -62,24 +64,26 @@ def foolbox(attack: str, first: int = 50, radius: float | None = None, **options
 
 
 class Single(nn.Module):
-    """A model that takes double precision too: some of ART's attacks send it."""
+    """A model that takes double precision too: some of ART's attacks send it. `cut`: inputs are cut to the box first."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, cut: bool) -> None:
         super().__init__()
-        self.model = model
+        self.model, self.cut = model, cut
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.model(x.float())
+        return self.model(x.float().clamp(0, 1) if self.cut else x.float())
 
 
 def art(attack: str, **options: Any) -> Run:
-    """A class of `art.attacks.evasion` with its own batches."""
+    """A class of `art.attacks.evasion` with its own batches. Its ZOO leaves the box, so what it asks is cut, in its favor."""
     recipe = getattr(peers.module("ART"), attack)
 
     def run(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         estimators = importlib.import_module("art.estimators.classification")
         shape, loss = tuple(x.shape[1:]), nn.CrossEntropyLoss()
-        wrapped = estimators.PyTorchClassifier(Single(model), loss, shape, CLASSES, clip_values=(0.0, 1.0), device_type="cpu")
+        wrapped = estimators.PyTorchClassifier(
+            Single(model, attack == "ZooAttack"), loss, shape, CLASSES, clip_values=(0.0, 1.0), device_type="cpu"
+        )
         return torch.from_numpy(recipe(wrapped, verbose=False, **options).generate(x.numpy(), y.numpy()))
 
     return run
@@ -174,6 +178,28 @@ def hsja(**options: Any) -> Run:
     return run
 
 
+def attackbox(attack: str, **options: Any) -> Run:
+    """A class of cmhcbb/attackbox (Opt-Attack, Sign-OPT), of its authors; one sample. Inputs are cut to the box, as its models do."""
+    name = {"OPT_attack": "OPT_attack", "Sign_OPT": "OPT_attack_sign_SGD"}[attack]
+    spec = importlib.util.spec_from_file_location(f"attackbox_{attack}", ATTACKBOX / f"{attack}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+
+    def run(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        def predict(image: Any) -> int:
+            with torch.no_grad():
+                return int(model(torch.as_tensor(image).float().clamp(0, 1).reshape(-1, *x.shape[1:])).argmax(1))
+
+        recipe = getattr(module, name)(SimpleNamespace(predict_label=predict))
+        with patch.object(Tensor, "cuda", lambda self: self), contextlib.redirect_stdout(io.StringIO()):
+            made = recipe.attack_untargeted(x, y, **options)
+        return torch.as_tensor(made[0] if isinstance(made, tuple) else made).float().reshape(x.shape)
+
+    return run
+
+
 BY_NAME: dict[str, Callable[..., Run]] = {"Square": square, "RayS": rays, "Sparse-RS": sparse_rs, "SurFree": surfree, "HSJA": hsja}
 BLACK_BOX: dict[str, Callable[..., Run]] = {
     "epsball": ours,
@@ -181,6 +207,7 @@ BLACK_BOX: dict[str, Callable[..., Run]] = {
     "torchattacks": peers.torchattacks,
     "ART": art,
     "cleverhans": cleverhans,
+    "attackbox": attackbox,
     "official": lambda attack, **options: BY_NAME[attack](**options),
 }
 
@@ -194,6 +221,11 @@ def available() -> tuple[dict[str, str], list[str]]:
         missing.append("cleverhans: not importable, left out.")
     else:
         found["cleverhans"] = importlib.metadata.version("cleverhans")
+    files = [ATTACKBOX / f"{name}.py" for name in ("OPT_attack", "Sign_OPT")]
+    if all(file.exists() for file in files):
+        found["attackbox"] = "files " + hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:7]
+    else:
+        missing.append("attackbox: no clone in EPSBALL_OFFICIAL, left out.")
     absent = [name for name in COMMITS if not (OFFICIAL / name / f"{FILES[name]}.py").exists()]
     missing += [f"official {name}: no clone in EPSBALL_OFFICIAL, left out." for name in absent]
     found["official"] = ", ".join(f"{name} {commit}" for name, commit in COMMITS.items() if name not in absent) or "Square only"

@@ -61,9 +61,10 @@ class Record:
 Records = Mapping[tuple[str, Contender], Record]
 
 
-def union(records: Sequence[Record]) -> Floats:
-    """The smallest change that any run found, per sample."""
-    return np.min([record.best for record in records], axis=0)
+def union(records: Sequence[Record], known: Floats | None = None) -> Floats:
+    """The smallest change that any run found, per sample, or that was `known` before (of as many samples or more)."""
+    found = [record.best for record in records]
+    return np.min(found if known is None else [*found, known[: len(found[0])]], axis=0)
 
 
 def reach(best: Floats) -> float:
@@ -211,13 +212,30 @@ def leader_table(records: Records, models: Sequence[str]) -> list[str]:
     return lines
 
 
-def write(folder: Path, head: list[str], records: Records, models: Sequence[str]) -> None:
-    """optimality.md and a picture of curves for each norm."""
+def long_table(records: Records, models: Sequence[str], best: Mapping[tuple[str, str], Floats]) -> list[str]:
+    """Runs of the larger budget against the smallest changes known from any run of either budget (`best`, by model and norm)."""
+    lines = ["| network | norm | images | attack | optimality, % | reached, % | median | forwards | backwards |", "|---" * 9 + "|"]
+    for model in models:
+        for norm in NORMS:
+            here = _of(records, model, norm)
+            if not here:
+                continue
+            known = union([*here.values()], best.get((model, norm)))
+            for c, r in sorted(here.items(), key=lambda item: -optimality(item[1].best, known)):
+                name = f"**{c.name}**" if c.library == "epsball" else c.name
+                shares = f"{100 * optimality(r.best, known):.2f} | {100 * np.isfinite(r.best).mean():.0f}"
+                numbers = f"{_number(_middle(r.best))} | {r.forwards:.0f} | {r.backwards:.0f}"
+                lines.append(f"| {model} | {norm} | {len(r.best)} | {name} | {shares} | {numbers} |")
+    return lines
+
+
+def write(folder: Path, head: list[str], records: Records, models: Sequence[str], longer: Sequence[str] = ()) -> None:
+    """optimality.md and a picture of curves for each norm. `longer`: lines about runs of a larger budget."""
     models = [model for model in models if any(name == model for name, _ in records)]
     made = pairs(records, models)
     raised = sorted({f"{c.name} ({c.norm}): {r.trouble}" for (_, c), r in records.items() if r.trouble and not r.trouble.startswith("cut")})
     text = [*head, *([f"Raised: {'; '.join(raised)}."] if raised else []), *NOTES]
-    text += ["", "## Who leads where (optimality, %)", "", *leader_table(records, models)]
+    text += ["", "## Who leads where (optimality, %)", "", *leader_table(records, models), *longer]
     for norm, title in NORMS.items():
         if any(c.norm == norm for _, c in records):
             text += ["", f"## {title}: global optimality", "", *global_table(records, models, norm)]

@@ -137,6 +137,17 @@ def test_digits_against_bisection(network: str) -> None:
         assert ratio <= limit, f"{name}: {ratio:.3f}"
 
 
+@pytest.mark.parametrize(("name", "threat"), [*PAIRS, ("ead", "l1")])
+def test_looks_that_short_rounds_leave_over_go_to_more_rounds(name: str, threat: str) -> None:
+    b = bench(4, n=16, wrong=0)
+    attack = get(name, threat=threat, steps=30, rounds=2)
+    short = replace(attack, strategy=replace(attack.strategy, gain=1.0))  # no round gains that much
+    more, few = (a(b.model, b.x, b.labels, torch.inf) for a in (attack, short))
+    assert bool((more.size[few.reached] <= few.size[few.reached]).all())
+    assert float(more.size[few.reached].sum()) < float(few.size[few.reached].sum())
+    assert int(few.backwards.max()) <= int(more.backwards.max()) <= 60
+
+
 def test_bad_options_are_refused() -> None:
     for options in ({"rounds": 0}, {"kappa": -1.0}, {"step": 0.0}, {"steps": -1}, {"threat": "linf"}):
         with pytest.raises(BadInput) as caught:

@@ -140,6 +140,21 @@ def test_a_sample_does_not_hang_on_its_batch(threat: str) -> None:
         assert torch.allclose(one.x_adv[0], whole.x_adv[row], atol=1e-5)
 
 
+def test_tiny_slopes_add_up_under_l1_in_float32() -> None:
+    """Eight steep features at their bounds leave a hundred-millionth of the way to 100 of 2,000 flat ones; sums of float32 lose it."""
+    slopes = torch.cat([torch.ones(8), torch.linspace(2e-8, 1e-8, 2000)]).double()
+    gains = slopes / 2  # from 0.5 to the bound
+    missing = gains[:108].sum() + gains[108] / 2
+    model = nn.Sequential(nn.Flatten(), nn.Linear(len(slopes), 2)).double()
+    with torch.no_grad():
+        model[1].weight.copy_(torch.stack([torch.zeros_like(slopes), slopes]))
+        model[1].bias.copy_(torch.stack([missing + gains.sum(), torch.zeros_like(missing)]))
+    x = torch.full((1, len(slopes)), 0.5)
+    outcome = get("fab", threat="l1", steps=3)(model, x, torch.tensor([0]), torch.inf)
+    assert bool(outcome.reached.all())
+    assert float(outcome.size) == pytest.approx(108.5 / 2, rel=1e-3)
+
+
 def test_failure_returns_clean() -> None:
     x = torch.full((2, 5), 0.5)
     model = lambda x: torch.tensor([1.0, 0.0]).expand(len(x), 2)  # noqa: E731

@@ -17,6 +17,7 @@ from epsball.attacks import get
 from epsball.attacks.decision import Found, bisect, inward_path, look, nearer, ray, start
 from epsball.attacks.hop_skip_jump import normal
 from epsball.attacks.opt_attack import crossing
+from epsball.attacks.rays import shorter
 from epsball.attacks.simba import cosines
 from epsball.attacks.surfree import Turns, waves
 from epsball.core import Access, Targeted, Victim
@@ -318,6 +319,29 @@ def test_rays_flips_halves_of_halves() -> None:
     get("rays", steps=9)(seen, torch.full((1, 6), 0.3), torch.tensor([0]), torch.inf)
     flips = [[], range(6), range(3), range(3, 6), range(2), range(2, 4), range(4, 6), [0], [1]]
     assert torch.equal(seen.rows[1:10], torch.stack([torch.tensor([0.0 if i in flip else 1.0 for i in range(6)]) for flip in flips]))
+
+
+def test_a_kept_flip_of_rays_asks_near_the_radius_first_and_ends_just_above_the_boundary() -> None:
+    model, x, labels = near_the_plane(n=3)
+    problem = posed(model, x, labels, threat="linf", radius=9.0, clean=model(x))
+    toward = -(labels * 2 - 1)[:, None] * model.w.sign()[None]
+    exact = model.value(x).abs() / model.w.abs().sum()
+    present = exact * torch.tensor([0.99, 1.0005, 1.05])
+    hit, low, radius, _ = shorter(problem, Found.nothing(problem, 50), ray(problem, toward), present)
+    assert hit.tolist() == [False, True, True]
+    assert problem.tally.forwards.tolist() == [1, 1 + 3 + 6, 1 + 2 + 5]  # 0.9 and 0.99 fail and 0.999 too; or 0.99 does not
+    assert float(radius[0]) == float(present[0])
+    assert bool((low < exact)[1:].all())
+    assert bool((exact <= radius)[1:].all())
+    assert bool((radius - low <= 0.03 * (0.101 * present))[1:].all())
+
+
+def test_the_last_queries_of_rays_make_its_radius_exact() -> None:
+    model, x, labels = near_the_plane(features=2)
+    exact = model.value(x).abs() / model.w.abs().sum()
+    size = get("rays", steps=60)(Victim(model, access=Access.LABELS), x, labels, torch.inf).size
+    assert bool((size >= exact - 1e-12).all())
+    assert bool((size <= 1.001 * exact).all())
 
 
 def test_directions_of_surfree_are_orthogonal_and_low_at_first() -> None:

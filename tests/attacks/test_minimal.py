@@ -124,6 +124,18 @@ def test_digits_against_bisection(network: str) -> None:
         assert ratio <= limit, f"{name} {threat}: {ratio:.3f}"
 
 
+def test_ddn_is_soon_far_out_where_the_boundary_is_far() -> None:
+    """Nine looks cross a plane at distance 9: the radius grows by half until a first success; by 5 % it would be at 1.5."""
+    model = nn.Sequential(nn.Flatten(), nn.Linear(400, 2)).double()
+    with torch.no_grad():
+        model[1].weight.copy_(torch.stack([torch.zeros(400), torch.ones(400)]))
+        model[1].bias.copy_(torch.tensor([180.0, 0.0]))
+    x, labels = torch.zeros(1, 400, dtype=torch.float64), torch.tensor([0])
+    outcome = get("ddn", steps=9)(model, x, labels, torch.inf)
+    assert bool(outcome.reached.all())
+    assert 9 <= float(outcome.size) <= 9 * 1.5
+
+
 def test_what_rounds_and_brackets_do() -> None:
     bracket = Bracket.start(torch.tensor([1.0, 1.0, 1.0], dtype=torch.float64))
     over, hit = torch.tensor([True, True, False]), torch.tensor([True, False, True])

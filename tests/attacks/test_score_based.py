@@ -17,8 +17,10 @@ from torch import Tensor
 import epsball as eb
 from epsball.attacks import Nes, Spsa, get, nes, spsa, square
 from epsball.attacks.loc_search import LocalSearch, OutOfTop
+from epsball.attacks.one_pixel import Evolution
 from epsball.attacks.random_search import schedule
 from epsball.attacks.simba import Waves, cosines
+from epsball.attacks.sparse_rs import part
 from epsball.attacks.square import bump, sides
 from epsball.core import Access, Attack, Goal, Targeted, Untargeted, Victim, autograd
 from epsball.errors import AccessDenied, BadInput
@@ -350,10 +352,42 @@ def test_one_pixel_finds_the_best_pixel_of_a_linear_model() -> None:
 
 def test_the_schedule_is_the_released_table() -> None:
     table = {0: 1, 10: 1, 11: 2, 50: 2, 51: 4, 200: 4, 201: 8, 500: 8, 501: 16, 1001: 32, 2001: 64, 4001: 128, 6001: 256, 8001: 512}
-    for place, part in table.items():
-        assert schedule(place, 10000) == 1 / part
+    for place, divisor in table.items():
+        assert schedule(place, 10000) == 1 / divisor
         assert schedule(place // 10, 1000) <= 1
     assert schedule(0, 0) == 1
+
+
+def test_sparse_rs_s_table_is_the_released_one() -> None:
+    table = {0: 1, 1: 2, 50: 2, 51: 4, 200: 4, 201: 5, 501: 6, 1001: 8, 2001: 10, 4001: 12, 6001: 15, 8001: 20, 9999: 20}
+    assert {place: part(place, 10000) for place in table} == table
+    assert part(1, 1000) == part(10, 10000)
+    assert part(0, 0) == 1
+
+
+def test_sparse_rs_gives_no_pixel_its_own_color() -> None:
+    """Every question differs from a black and white image in as many pixels as may change."""
+    x = (tensor(rng(18).random((3, 1, 4, 5))) < 0.5).float()
+    seen: list[Tensor] = []
+
+    def model(z: Tensor) -> Tensor:
+        seen.append(z.clone())
+        return torch.stack([torch.ones(len(z)), z.flatten(1) @ torch.linspace(-1, 1, 20) - 100], 1)
+
+    get("sparse_rs", steps=30)(model, x, torch.zeros(3, dtype=torch.int64), 4.0)
+    asked = torch.cat([z for z in seen if len(z) == 3][1:30])
+    assert (asked != x.repeat(len(asked) // 3, 1, 1, 1)).flatten(1).sum(1).unique().tolist() == [4]
+
+
+@pytest.mark.parametrize("members", [3, 4, 10])
+def test_parents_of_one_pixel_are_different_and_even(members: int) -> None:
+    n = 400
+    problem = posed(scores(torch.ones(3)), tensor(rng(19).random((n, 3))), torch.zeros(n, dtype=torch.int64), threat="l2", radius=1.0)
+    parents = torch.stack(Evolution(members, 0.5)._parents(problem, 0))
+    assert all(bool((parents[i] != parents[j]).all()) for i, j in ((0, 1), (0, 2), (1, 2)))
+    counts = torch.stack([row.flatten().bincount(minlength=members) for row in parents]).double() / (n * members)
+    assert float((counts - 1 / members).abs().max()) < 0.05
+    assert Evolution(1, 0.5)._parents(problem.take(torch.tensor([0])), 0)[2].tolist() == [[0]]
 
 
 def test_windows_have_their_share_of_the_image() -> None:

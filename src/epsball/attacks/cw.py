@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -12,6 +13,7 @@ from epsball.attacks.minimal import Bracket, Round, first_weight, limits, offere
 from epsball.attacks.registry import register
 from epsball.core import Attack, Gradient, Problem, Projects, Reading, autograd
 from epsball.core.rows import per_sample
+from epsball.core.rule import lengths
 from epsball.errors import BadInput
 from epsball.objectives import margin
 from epsball.threats import L0, L2, Linf
@@ -52,15 +54,19 @@ class Schedule(Protocol):
 
 @dataclass(frozen=True)
 class _Walk:
-    """`z` is the best success, x where none, and `home` its w; the search itself stands at w."""
+    """`z` is the best success, x where none, `home` its w, and `begun` the best when the round began; the search itself stands at w.
+
+    `middle` and `half` (B, ...) lead from tanh w to the input; `origin` is the w of x.
+    """
 
     z: Tensor
     best: Tensor
+    begun: Tensor
     home: Tensor
     w: Tensor
     origin: Tensor
-    low: Tensor
-    high: Tensor
+    middle: Tensor
+    half: Tensor
     mean: Tensor
     square: Tensor
     round: Round
@@ -74,11 +80,12 @@ class TanhAdam:
     `edge` < 1 keeps the slope of tanh away from 0 for features that start at the end of their interval, as most of MNIST's
     do; w stays within |tanh w| <= edge, and a feature whose w never moved is exactly that of x. Adam's memory and the round
     counters are per sample; a round ends after `steps` looks, or after steps / 5 without progress; each round starts at
-    the best success, or where the last one ended.
+    the best success, or where the last one ended. Looks that short rounds leave over go to more rounds, while these still gain.
 
     Attributes:
-        schedule: the norm. steps: looks of one round. rounds: most rounds. rate: Adam's learning rate in w. kappa: least margin
-            of a success, in logits.
+        schedule: the norm. steps: looks of one round. rounds: rounds of full length that there are looks for. rate: Adam's
+            learning rate in w. kappa: least margin of a success, in logits. gain: share by which a round beyond `rounds` must
+            make the best smaller, for another one.
     """
 
     schedule: Schedule
@@ -87,6 +94,7 @@ class TanhAdam:
     rate: float
     kappa: float = 0.0
     edge: float = 0.98
+    gain: float = 0.01
     gradient: Gradient = autograd
 
     def init(self, problem: Problem, steps: int) -> _Walk:
@@ -96,71 +104,77 @@ class TanhAdam:
         if not bool(torch.isfinite(high - low).all()):
             raise BadInput("box: infinite: Carlini & Wagner's tanh needs a finite one: declare the box of the model")
         wide = torch.promote_types(x.dtype, torch.float32)
-        low, high = low.to(wide), high.to(wide)
-        span = high - low
-        share = torch.where(span > 0, 2 * (x.to(wide) - low) / span.where(span > 0, torch.ones_like(span)) - 1, torch.zeros_like(span))
-        w = torch.atanh(self.edge * share.clamp(-1, 1))
-        zero = torch.zeros_like(w)
-        return _Walk(
-            x.clone(), torch.full_like(problem.radius, torch.inf), w, w, w, low, high, zero, zero, Round.first(problem.radius), None
-        )
+        middle, half = (low.to(wide) + high.to(wide)) / 2, (high.to(wide) - low.to(wide)) / 2
+        w = torch.atanh(self.edge * ((x.to(wide) - middle) / half.where(half > 0, torch.ones_like(half))).clamp(-1, 1))
+        zero, none = torch.zeros_like(w), torch.full_like(problem.radius, torch.inf)
+        return _Walk(x.clone(), none, none, w, w, w, middle, half / self.edge, zero, zero, Round.first(none), None)
 
     def step(self, problem: Problem, state: _Walk) -> tuple[Reading, _Walk]:
         """One look, one step of Adam."""
-        image = self._image(problem, state)
+        tanh = torch.tanh(state.w)
+        image = self._image(problem, state, tanh)
         reading = self.gradient(problem, image)
         aim = self.schedule.start(problem, reading) if state.aim is None else state.aim
         success = problem.goal.reached(reading.output) & (reading.score >= self.kappa)
-        size = problem.threat.size(problem.x, image)
-        better = success & (size < state.best)
         change = image.to(state.w.dtype) - problem.x.to(state.w.dtype)
         value, pull = self.schedule.distance(aim, change)
         loss = value + aim.weight * (self.kappa - reading.score.double()).clamp(min=0.0)
-        moved = self._adam(problem, state, aim, pull, reading, ~success)
+        state = self._kept(problem, state, image, success)
+        moved = self._adam(state, aim, pull, reading, ~success, tanh)
         rnd = state.round.after(loss, success)
         late = (rnd.looks >= self.steps) | (rnd.stale >= max(self.steps // 5, 1))
         aim, over = self.schedule.next(problem, aim, rnd, reading, success, late)
         rnd = rnd.restarted(over)
-        aim = replace(aim, done=aim.done | (rnd.number >= self.rounds))
-        keep = per_sample(~over, moved.w)
-        best = torch.where(better, size, state.best)
-        home = torch.where(per_sample(better, state.w) > 0, state.w, state.home)
-        state = replace(
-            moved,
-            z=torch.where(per_sample(better, image) > 0, image, state.z),
-            best=best,
-            home=home,
-            w=torch.where(per_sample(over & torch.isfinite(best), home) > 0, home, moved.w) if self.schedule.returns else moved.w,
-            mean=moved.mean * keep,
-            square=moved.square * keep,
-            round=rnd,
-            aim=aim,
-        )
-        return replace(offered(problem, reading, success), over=aim.done), state
+        gained = torch.isinf(state.best) | (state.best < (1 - self.gain) * state.begun)
+        aim = replace(aim, done=aim.done | (over & (rnd.number >= self.rounds) & ~gained))
+        moved = replace(self._restarted(moved, over.nonzero().squeeze(1)), round=rnd, aim=aim)
+        return replace(offered(problem, reading, success), over=aim.done), moved
 
-    def _image(self, problem: Problem, state: _Walk) -> Tensor:
+    def _image(self, problem: Problem, state: _Walk, tanh: Tensor) -> Tensor:
         """The input that w stands for, exactly x where nothing moved or nothing may."""
-        share = ((torch.tanh(state.w) / self.edge).clamp(-1, 1) + 1) / 2
-        image = torch.minimum(torch.maximum(state.low + (state.high - state.low) * share, state.low), state.high).to(problem.x.dtype)
+        image = torch.addcmul(state.middle, state.half, tanh).to(problem.x.dtype).clamp_(*limits(problem))
         still = state.w == state.origin
         if state.aim is not None and state.aim.allowed is not None:
-            still = still | ~state.aim.allowed
+            still |= ~state.aim.allowed
         return torch.where(still, problem.x, image)
 
-    def _adam(self, problem: Problem, state: _Walk, aim: Aim, pull: Tensor, reading: Reading, short: Tensor) -> _Walk:
+    def _kept(self, problem: Problem, state: _Walk, image: Tensor, success: Tensor) -> _Walk:
+        """The best successes so far, with this look."""
+        rows = success.nonzero().squeeze(1)
+        if len(rows):
+            few = len(rows) < len(success)
+            size = problem.threat.size(*((problem.x[rows], image[rows]) if few else (problem.x, image)))
+            less = size < state.best[rows]
+            rows, size = rows[less], size[less]
+        if not len(rows):
+            return state
+        z, home = state.z.index_copy(0, rows, image[rows]), state.home.index_copy(0, rows, state.w[rows])
+        return replace(state, z=z, home=home, best=state.best.index_copy(0, rows, size))
+
+    def _restarted(self, state: _Walk, rows: Tensor) -> _Walk:
+        """`rows` begin a round: Adam forgets, and w is where the schedule wants it."""
+        if not len(rows):
+            return state
+        w = state.w
+        if self.schedule.returns:
+            back = rows[torch.isfinite(state.best[rows])]
+            w = w.index_copy(0, back, state.home[back])
+        mean, square = state.mean.index_fill(0, rows, 0.0), state.square.index_fill(0, rows, 0.0)
+        return replace(state, w=w, mean=mean, square=square, begun=state.begun.index_copy(0, rows, state.best[rows]))
+
+    def _adam(self, state: _Walk, aim: Aim, pull: Tensor, reading: Reading, short: Tensor, tanh: Tensor) -> _Walk:
         """One step of Adam down the loss; the weight only scales the gradient of samples that fall `short` (B,) of the margin."""
-        tanh = torch.tanh(state.w)
         push = torch.nan_to_num(reading.gradient.to(pull), nan=0.0, posinf=0.0, neginf=0.0)
-        slope = (pull - per_sample(aim.weight * short, pull) * push) * (state.high - state.low) * (1 - tanh.square()) / (2 * self.edge)
-        slope = torch.nan_to_num(slope if aim.allowed is None else slope * aim.allowed)
-        mean, square = 0.9 * state.mean + 0.1 * slope, 0.999 * state.square + 0.001 * slope.square()
+        slope = torch.addcmul(pull, push, per_sample(aim.weight * short, pull), value=-1)
+        slope = slope.mul_(state.half).mul_(1 - tanh.square())
+        slope = torch.nan_to_num_(slope if aim.allowed is None else slope.mul_(aim.allowed))
+        mean, square = torch.lerp(state.mean, slope, 0.1), (0.999 * state.square).addcmul_(slope, slope, value=0.001)
         number = (state.round.looks + 1).double()
-        rate = per_sample(self.rate * aim.rate / (1 - 0.9**number), slope)
-        root = (square / per_sample(1 - 0.999**number, slope)).sqrt()
-        tiny = torch.finfo(root.dtype).tiny ** 0.5
-        w = state.w - rate * mean / (root + tiny)
-        end = torch.atanh(torch.tensor(self.edge, dtype=w.dtype, device=w.device))
-        return replace(state, w=torch.minimum(torch.maximum(w, -end), end), mean=mean, square=square)
+        rate = self.rate * aim.rate * (1 - 0.999**number).sqrt() / (1 - 0.9**number)
+        root = square.sqrt().add_(torch.finfo(square.dtype).tiny ** 0.5)
+        end = math.atanh(self.edge)
+        w = torch.addcdiv(state.w, mean * per_sample(rate, mean), root, value=-1).clamp_(-end, end)
+        return replace(state, w=w, mean=mean, square=square)
 
 
 @dataclass(frozen=True)
@@ -168,7 +182,7 @@ class Bisected:
     """C&W L2: |change|^2, and a bisection of the weight; every round takes half the steps of the one before.
 
     Until a first success steps grow tenfold instead, up to `longest` times Adam's rate: where gradients are all but flat around
-    x, more weight alone moves Adam no farther.
+    x, more weight alone moves Adam no farther. From there it goes back by steps of Adam's rate at most.
     """
 
     first: float = 2.0
@@ -186,12 +200,12 @@ class Bisected:
 
     def distance(self, aim: Aim, change: Tensor) -> tuple[Tensor, Tensor]:
         """|change|^2."""
-        return change.double().flatten(1).square().sum(1), 2 * change
+        return lengths(change, 2).double().square(), 2 * change
 
     def next(self, problem: Problem, aim: Aim, rnd: Round, reading: Reading, success: Tensor, late: Tensor) -> tuple[Aim, Tensor]:
         """Less weight where the last looks still saw a success, more elsewhere; and longer steps until there was one at all."""
         bracket = aim.memory.next(late, rnd.since < rnd.stale.clamp(min=1), self.growth)
-        rate = torch.where(torch.isfinite(bracket.upper), aim.rate / 2, (10 * aim.rate).clamp(max=self.longest))
+        rate = torch.where(torch.isfinite(bracket.upper), (aim.rate / 2).clamp(max=1.0), (10 * aim.rate).clamp(max=self.longest))
         return replace(aim, weight=bracket.weight, memory=bracket, rate=torch.where(late, rate, aim.rate)), late
 
 
@@ -264,7 +278,7 @@ class Dropping:
 
     def distance(self, aim: Aim, change: Tensor) -> tuple[Tensor, Tensor]:
         """|change|^2."""
-        return change.double().flatten(1).square().sum(1), 2 * change
+        return lengths(change, 2).double().square(), 2 * change
 
     def next(self, problem: Problem, aim: Aim, rnd: Round, reading: Reading, success: Tensor, late: Tensor) -> tuple[Aim, Tensor]:
         """The first success ends its round."""
@@ -316,10 +330,11 @@ def cw_l2(steps: int = 50, rounds: int = 9, kappa: float = 0.0, step: float = 0.
 
     Differences from the released code, all for speed: c starts at twice what a linear model would need instead of 1e-3; a
     round starts at the best success so far, at half the learning rate; samples abort and change rounds one by one; the tanh
-    reaches 2 % past the box, where its slope does not vanish. A failure returns the clean input.
+    reaches 2 % past the box, where its slope does not vanish; rounds that end early leave their looks to more rounds, while
+    these still gain. A failure returns the clean input.
 
     Args:
-        steps: looks of a round, at most. rounds: values of c. kappa: least margin of a success, in logits. step: Adam's
+        steps: looks of a round, at most. rounds: values of c, at least. kappa: least margin of a success, in logits. step: Adam's
             first learning rate, in w.
     """
     return _attack("cw_l2", threat or L2(), Bisected(), steps, rounds, step, kappa)
@@ -339,7 +354,7 @@ def cw_linf(steps: int = 20, rounds: int = 40, kappa: float = 0.0, step: float =
     steps shrink with tau.
 
     Args:
-        steps: looks of a round, at most. rounds: most rounds (pairs of tau and c). kappa, step: as for `cw_l2`.
+        steps: looks of a round, at most. rounds: pairs of tau and c, at least. kappa, step: as for `cw_l2`.
     """
     return _attack("cw_linf", threat or Linf(), Shrinking(), steps, rounds, step, kappa)
 
@@ -357,7 +372,7 @@ def cw_l0(steps: int = 20, rounds: int = 40, kappa: float = 0.0, step: float = 0
     fewer of them after a failure, where the released code stops.
 
     Args:
-        steps: looks of a round, at most. rounds: most rounds (pairs of set and c). kappa, step: as for `cw_l2`.
+        steps: looks of a round, at most. rounds: pairs of set and c, at least. kappa, step: as for `cw_l2`.
     """
     threat = threat or L0()
     joined = isinstance(threat, L0) and not threat.features

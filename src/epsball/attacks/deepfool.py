@@ -89,7 +89,7 @@ def superdeepfool(
     steps: int = 100,
     overshoot: float = 0.02,
     candidates: int = 9,
-    rounds: int = 3,
+    rounds: int = 4,
     search: int = 8,
     back: float = 0.8,
     threat: Projects | None = None,
@@ -101,7 +101,8 @@ def superdeepfool(
     and is bisected then. The next round lets DeepFool walk on from `back` of that way and adds the unit normal found to w.
 
     Args:
-        steps: looks at most. overshoot, candidates: as in `deepfool`. rounds: normals taken. search: looks along each.
+        steps: looks at most. overshoot, candidates: as in `deepfool`. rounds: normals taken. search: looks
+            along the last; half as many along those before, whose end is only a place to go on from.
 
     Differs from the paper, which has no box and stops at the first projected point that reaches the goal: cut by the box such
     a point nearly always falls short, so the change is lengthened. Summing the normals is what the released code's running
@@ -157,7 +158,8 @@ class Orthogonal:
             high=torch.where(hit, torch.minimum(state.high, state.t), state.high),
             end=torch.where(per_sample(hit, state.end) > 0, trail.z, state.end),
         )
-        over = ~s.afoot & (s.asked >= self.search)
+        most = torch.where(s.round == self.rounds, self.search, (self.search + 1) // 2)
+        over = ~s.afoot & (s.asked >= most)
         walking = valid(trail.output) & ~(over & (s.round == self.rounds))
         stepping = s.afoot & ~hit & walking
         s = self._turned(problem, s, (s.afoot & hit & walking).nonzero().squeeze(1))

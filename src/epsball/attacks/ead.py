@@ -20,11 +20,12 @@ from epsball.threats import L1
 class _Shrunk:
     """`z` is the best success by the decision rule, x where none, with the model's answer and its score there.
 
-    `here` is the last shrunken point, `ahead` where the next look is.
+    `begun` is the best when the round began, `here` the last shrunken point, `ahead` where the next look is.
     """
 
     z: Tensor
     best: Tensor
+    begun: Tensor
     here: Tensor
     ahead: Tensor
     low: Tensor
@@ -40,10 +41,14 @@ class _Shrunk:
 class ElasticNet:
     """Minimizes |d|_2^2 + beta |d|_1 + c max(kappa - margin, 0): a gradient step on the smooth part, then shrinkage toward x by beta.
 
+    A round ends after `steps` looks, or after steps / 5 but at least `patience` without progress. Looks that short rounds leave
+    over go to more rounds, while these still gain.
+
     Attributes:
-        steps: looks of one round. rounds: values of c. beta: weight of |d|_1, for a box of width 1. rate: first step size,
-            falling with the root of the looks left. kappa: least margin of a success. fast: with momentum (FISTA), else ISTA.
-        sparse: the decision rule is the smallest |d|_1, else the smallest elastic net.
+        steps: looks of one round. rounds: values of c that there are looks for. beta: weight of |d|_1, for a box of width 1. rate:
+            first step size, falling with the root of the looks left. kappa: least margin of a success. fast: with momentum
+            (FISTA), else ISTA. sparse: the decision rule is the smallest |d|_1, else the smallest elastic net. gain: share by
+            which a round beyond `rounds` must make the best smaller, for another one.
     """
 
     steps: int
@@ -55,6 +60,8 @@ class ElasticNet:
     sparse: bool
     first: float = 2.0
     growth: float = 10.0
+    gain: float = 0.01
+    patience: int = 8
     gradient: Gradient = autograd
 
     def init(self, problem: Problem, steps: int) -> _Shrunk:
@@ -62,7 +69,8 @@ class ElasticNet:
         low, high = limits(problem)
         x, nothing = problem.x, torch.full_like(problem.radius, torch.inf)
         score = torch.zeros_like(problem.clean[:, 0])
-        return _Shrunk(x.clone(), nothing, x, x, low, high, self.beta * width(problem), Round.first(nothing), None, problem.clean, score)
+        beta = self.beta * width(problem)
+        return _Shrunk(x.clone(), nothing, nothing, x, x, low, high, beta, Round.first(nothing), None, problem.clean, score)
 
     def step(self, problem: Problem, state: _Shrunk) -> tuple[Reading, _Shrunk]:
         """One look, one shrinkage."""
@@ -75,14 +83,16 @@ class ElasticNet:
         measure = ones if self.sparse else net
         better = success & (measure < state.best)
         rnd = state.round.after(net + bracket.weight * (self.kappa - reading.score.double()).clamp(min=0.0), success)
-        over = (rnd.looks >= self.steps) | (rnd.stale >= max(self.steps // 5, 1))
+        over = (rnd.looks >= self.steps) | (rnd.stale >= max(self.steps // 5, self.patience))
         here, ahead = self._shrink(problem, state, reading, bracket, ~success)
         bracket = bracket.next(over, rnd.since < rnd.stale.clamp(min=1), self.growth)
-        rnd = rnd.restarted(over)
+        rnd, best = rnd.restarted(over), torch.where(better, measure, state.best)
+        done = over & (rnd.number >= self.rounds) & torch.isfinite(best) & (best >= (1 - self.gain) * state.begun)
         state = replace(
             state,
             z=torch.where(per_sample(better, here) > 0, reading.z, state.z),
-            best=torch.where(better, measure, state.best),
+            best=best,
+            begun=torch.where(over, best, state.begun),
             here=here,
             ahead=torch.where(per_sample(over, here) > 0, here, ahead),
             round=rnd,
@@ -90,7 +100,6 @@ class ElasticNet:
             output=torch.where(better[:, None], reading.output, state.output),
             score=torch.where(better, reading.score, state.score),
         )
-        done = rnd.number >= self.rounds
         return replace(self._shown(problem, state, reading, success, done), over=done), state
 
     def _shown(self, problem: Problem, state: _Shrunk, reading: Reading, success: Tensor, done: Tensor) -> Reading:
@@ -149,9 +158,9 @@ def ead(
     last one ended, samples abort and change rounds one by one.
 
     Args:
-        steps: looks of a round, at most. rounds: values of c. beta: weight of |d|_1, for a box of width 1. kappa: least margin of
-            a success, in logits. step: first step size. rule: which success is kept: the smallest "l1" norm or the smallest
-            elastic net, "en". fast: FISTA, else ISTA.
+        steps: looks of a round, at most. rounds: values of c; more where rounds end early and still gain. beta: weight of |d|_1,
+            for a box of width 1. kappa: least margin of a success, in logits. step: first step size. rule: which success is
+            kept: the smallest "l1" norm or the smallest elastic net, "en". fast: FISTA, else ISTA.
     """
     if rounds < 1:
         raise BadInput(f"rounds: {rounds}: must be 1 or more")

@@ -49,11 +49,21 @@ def _seen(problem: Problem, reading: Reading, state: _Way) -> tuple[Tensor, Tens
     return hit, torch.where(hit, torch.minimum(state.best, size), state.best)
 
 
+_NEAR = 1.1
+"""A ball so many times the budget is near: the last look, which is inside the budget whatever the ball, may still succeed."""
+
+
+def _fall(looks: int, steps: int) -> float:
+    """Half a cosine from 1 to a hundredth."""
+    return 0.01 + 0.99 * (1 + math.cos(math.pi * looks / steps)) / 2
+
+
 @dataclass(frozen=True)
 class Inward:
     """A step along the gradient, then back into a ball that shrinks at a success and grows elsewhere, from `start` (B, ...).
 
-    The start may lie outside the budget: until the walk is inside, `run` is shown the clean input; it ends inside.
+    The start may lie outside the budget: until the walk is inside, `run` is shown the clean input; it ends inside. Where a success
+    at every look left would not bring the ball near the budget, the search is over.
 
     The update is FMN's (Pintor et al. 2021, arXiv 2102.12827, Algorithm 1) from an adversarial start; steps are shares of the
     smallest success so far, along the sign of the gradient under Linf and the gradient itself elsewhere.
@@ -76,17 +86,23 @@ class Inward:
         """One look, one move."""
         reading = self.gradient(problem, state.z)
         hit, best = _seen(problem, reading, state)
-        fall = 0.01 + 0.99 * (1 + math.cos(math.pi * state.looks / state.steps)) / 2
+        fall = _fall(state.looks, state.steps)
         gamma, known = self.gamma * fall, torch.isfinite(best)
         grown = torch.where(known, torch.minimum(state.radius * (1 + gamma), best * (1 - gamma / 2)), state.radius * (1 + gamma))
         radius = torch.where(hit, torch.minimum(state.radius, best) * (1 - gamma), grown)
         push = torch.nan_to_num(reading.gradient, nan=0.0)
         direction = push.sign() if isinstance(problem.threat, Linf) else normalized(push, 2)
         length = self.share * fall * torch.where(known, best, state.radius)
+        over = radius * self._shrink(state.looks + 1, state.steps) > _NEAR * problem.radius
         last = torch.minimum(radius, problem.radius) if state.looks + 1 == state.steps else radius
         z = problem.threat.project(problem.x, state.z + per_sample(length, push) * direction, last)
         inside = problem.threat.size(problem.x, state.z) <= problem.radius
-        return offered(problem, reading, inside), replace(state, z=z, radius=radius, best=best, looks=state.looks + 1)
+        shown = replace(offered(problem, reading, inside), over=over & ~inside)
+        return shown, replace(state, z=z, radius=radius, best=best, looks=state.looks + 1)
+
+    def _shrink(self, looks: int, steps: int) -> float:
+        """By what factor the ball shrinks if every look left is a success."""
+        return math.prod(1 - self.gamma * _fall(look, steps) for look in range(looks, steps))
 
 
 @dataclass(frozen=True)
@@ -187,23 +203,24 @@ class OutsideIn:
 @register(
     paper="epsball; parts: APGD arXiv 2003.01690, FMN arXiv 2102.12827",
     threats=("linf", "l2", "l1"),
-    cost="steps and up to 100 more forwards and backwards, 1 forward to judge",
+    cost="steps and at most (rounds + 1) * far more forwards and backwards, 1 forward to judge",
 )
-def outside_in(steps: int = 150, threat: Projects | None = None) -> OutsideIn:
+def outside_in(steps: int = 150, threat: Projects | None = None, far: int = 20, rounds: int = 4) -> OutsideIn:
     """Fools the model far away by a few signed steps, then walks inward (`Inward`) until it is inside the radius.
 
     Near the clean input gradients can mislead: in a network trained against Linf they are all but zero along the changes that
     matter under L2 and L1. They do not from the other side of the boundary.
 
     Args:
-        steps: of the walk. threat: Linf, L2 or L1.
+        steps: of the walk. threat: Linf, L2 or L1. far: signed steps of the search far away. rounds: by which that is bisected.
     """
     threat = threat or L2()
     if not isinstance(threat, (Linf, L2, L1)):
         raise BadInput(f"threat '{threat.name}': has no ball to shrink: use linf, l2 or l1")
     if steps < 0:
         raise BadInput(f"steps: {steps}: must be 0 or more")
-    return OutsideIn(threat, SmallestRadius(apgd(min(20, steps), threat=Linf(threat.room), objective=margin), 4), steps)
+    away = SmallestRadius(apgd(min(far, steps), threat=Linf(threat.room), objective=margin), rounds)
+    return OutsideIn(threat, away, steps)
 
 
 def inward(threat: Projects, start: Tensor, steps: int, share: float, gamma: float, smallest: bool = True) -> Attack:

@@ -27,7 +27,8 @@ def one_pixel(
 ) -> Attack:
     """One-pixel attack: floor(radius) pixels, placed and colored by differential evolution, arXiv 1710.08864, eq. (3).
 
-    A child is a + weight * (b - c) of three random members, without crossover; it takes the place of its parent if it is better.
+    A child is a + weight * (best - a + b - c) of three different random members and the best one, without crossover; it takes
+    the place of its parent if it is better.
 
     Args:
         steps: queries per sample. population: members, all asked for in one batch, 1 or more (the paper's 400, for 100
@@ -42,8 +43,8 @@ def one_pixel(
 
     Cost: at most steps forwards (1 where steps is 0), no backward: population per generation, and 1 to judge.
 
-    Differs from the paper: colors begin evenly in the box instead of normal around gray; log-probabilities rank as
-    probabilities. A vector is an image of one row.
+    Differs from the paper: its child is a + weight * (b - c), which needs more queries with few members; colors begin evenly in
+    the box instead of normal around gray; log-probabilities rank as probabilities. A vector is an image of one row.
     """
     if steps < 0:
         raise BadInput(f"steps: {steps}: must be 0 or more")
@@ -95,16 +96,22 @@ class Evolution:
         members, value = torch.where(better[:, :, None, None], state.children, state.members), torch.where(better, found, state.worth)
         best = found.argmax(1) + self.members * rows
         reading = Reading(asked.z[best], asked.x_adv[best], asked.output[best], asked.score[best])
-        top = self._painted(problem, members[rows, value.argmax(1)])
-        return reading, Generation(top, members, value, self._children(problem, members, state.number), state.number + 1)
+        top = members[rows, value.argmax(1)]
+        children = self._children(problem, members, top, state.number)
+        return reading, Generation(self._painted(problem, top), members, value, children, state.number + 1)
 
-    def _children(self, problem: Problem, members: Tensor, number: int) -> Tensor:
-        like = torch.empty(len(members), self.members, 3, device=members.device)
-        drawn = problem.key.fold("parents", number).uniform(problem.ids, like).double()
-        chosen = (drawn * self.members).long().clamp(max=self.members - 1)
+    def _children(self, problem: Problem, members: Tensor, best: Tensor, number: int) -> Tensor:
         rows = torch.arange(len(members), device=members.device)[:, None]
-        a, b, c = (members[rows, chosen[:, :, i]] for i in range(3))
-        return (a + self.weight * (b - c)).clamp(0, 1)
+        a, b, c = (members[rows, chosen] for chosen in self._parents(problem, number))
+        return (a + self.weight * (best[:, None] - a + b - c)).clamp(0, 1)
+
+    def _parents(self, problem: Problem, number: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Three members (B, P) for each child, all different where there are three."""
+        like, m = torch.empty(len(problem), self.members, 3, device=problem.x.device), self.members
+        drawn = problem.key.fold("parents", number).uniform(problem.ids, like).double()
+        first, second, third = ((drawn[:, :, i] * (m - i)).long().clamp(0, max(m - 1 - i, 0)) for i in range(3))
+        third = third + (third >= second)  # of the places behind the first, the second's is taken
+        return first, (first + 1 + second) % m, (first + 1 + third) % m
 
     def _painted(self, problem: Problem, genes: Tensor) -> Tensor:
         """x with the first floor(radius) pixels of genes (B, K, 2 + C) painted on."""

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from epsball.attacks.minimal import limits, offered
+from epsball.attacks.minimal import limits, offered, soft_margin
 from epsball.attacks.registry import register
-from epsball.core import Attack, Gradient, Problem, Projects, Reading, autograd
+from epsball.core import Attack, Gradient, Objective, Problem, Projects, Reading, autograd
 from epsball.core.rows import per_sample
 from epsball.core.rule import normalized
 from epsball.errors import BadInput
@@ -31,6 +31,7 @@ def sigma_zero(
     threshold: float = 0.3,
     adapt: float = 0.01,
     threat: Projects | None = None,
+    objective: Objective | None = None,
 ) -> Attack:
     """sigma-zero, Algorithm 1: Adam on max(-margin, 0) + mean(d^2 / (d^2 + sigma)), d the change; then small changes are cut to 0.
 
@@ -41,14 +42,16 @@ def sigma_zero(
         steps: looks. The paper runs 1000, its released code 100 by default. step, threshold: in units of the input, for a
         box of width 1. sigma: how sharp the smooth count is.
         threat: L0 counting features, as in the paper, or pixels: then the channels of a pixel are counted and cut together.
+        objective: what is climbed; None is `soft_margin`, ever sharper. The paper's is the margin.
 
-    The paper is untargeted; a target only changes the margin. A finite radius keeps the largest changes that fit for the look
+    Differs from the paper: all rival classes are climbed before the best one alone (`soft_margin`), for smaller changes at equal
+    cost. The paper is untargeted; a target only changes the margin. A finite radius keeps the largest changes that fit for the look
     and leaves the change that is descended alone.
     """
     if sigma <= 0:
         raise BadInput(f"sigma: {sigma}: must be above 0")
-    strategy = SmoothCount(step, sigma, threshold, adapt)
-    return Attack("sigma_zero", threat or L0(features=True), margin, strategy, steps, smallest=True)
+    strategy = SmoothCount(objective is None, step, sigma, threshold, adapt)
+    return Attack("sigma_zero", threat or L0(features=True), objective or margin, strategy, steps, smallest=True)
 
 
 @dataclass(frozen=True)
@@ -65,8 +68,9 @@ class _Count:
 
 @dataclass(frozen=True)
 class SmoothCount:
-    """See `sigma_zero`."""
+    """See `sigma_zero`. `soft`: climbs `soft_margin`, else the attack's objective."""
 
+    soft: bool
     step_size: float
     sigma: float
     threshold: float
@@ -82,17 +86,19 @@ class SmoothCount:
 
     def step(self, problem: Problem, state: _Count) -> tuple[Reading, _Count]:
         """One look, one step of Adam, one cut."""
-        reading, x, looks = self.gradient(problem, state.z), problem.x, state.looks + 1
+        sharp = replace(problem, objective=soft_margin(10 * 100 ** (state.looks / state.steps))) if self.soft else problem
+        reading, x, looks = self.gradient(sharp, state.z), problem.x, state.looks + 1
+        hit = problem.goal.reached(reading.output)
         push = torch.nan_to_num(reading.gradient, nan=0.0, posinf=0.0, neginf=0.0)
         squares = _together(problem.threat, state.change.square())
         smooth = (state.change * (2 * self.sigma / x[0].numel())).div_((squares + self.sigma).square_())
-        gradient = normalized(smooth.addcmul_(push, per_sample(reading.score < 0, push), value=-1), torch.inf)
+        gradient = normalized(smooth.addcmul_(push, per_sample(~hit, push), value=-1), torch.inf)
         first, second = torch.lerp(state.first, gradient, 0.1), (0.999 * state.second).addcmul_(gradient, gradient, value=0.001)
         rate = self.step_size * (0.1 + 0.9 * (1 + math.cos(math.pi * (looks - 1) / state.steps)) / 2)
         metric = second.sqrt().div_(math.sqrt(1 - 0.999**looks)).add_(1e-8)
         low, high = limits(problem)
         change = torch.addcdiv(state.change, first, metric, value=-rate / (1 - 0.9**looks)).add_(x).clamp_(low, high).sub_(x)
-        turn = torch.where(problem.goal.reached(reading.output), self.adapt * rate, -self.adapt * rate)
+        turn = torch.where(hit, self.adapt * rate, -self.adapt * rate)
         threshold = (state.threshold + turn).clamp(0, 1)
         change.mul_(_together(problem.threat, change.square()) >= per_sample(threshold, change).square())
         z = (x + change).clamp_(low, high)

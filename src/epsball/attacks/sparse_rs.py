@@ -7,12 +7,15 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from epsball.attacks.random_search import RandomSearch, margin_or_entropy, schedule
+from epsball.attacks.random_search import RandomSearch, margin_or_entropy
 from epsball.attacks.registry import register
 from epsball.core import Attack, Objective, Problem, Projects
 from epsball.core.victim import Access
 from epsball.errors import BadInput
 from epsball.threats import L0
+
+_ENDS = (0, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)  # of 10,000 queries
+_PARTS = (1, 2, 4, 5, 6, 8, 10, 12, 15, 20)
 
 
 @register(paper="Croce et al. 2022, arXiv 2006.12834", access=Access.SCORES, threats=("l0", "l0f"), cost="steps forwards")
@@ -25,7 +28,7 @@ def sparse_rs(
     """Sparse-RS under L0: a set of floor(radius) pixels at corners of the box, improved by swaps, arXiv 2006.12834, Algorithm 1.
 
     A proposal lets a share of the set go, takes as many others, evenly drawn, and gives them random corners; the share
-    starts at alpha and is halved along `schedule`.
+    falls from alpha to a twentieth of it along the table of appendix A.1.
 
     Args:
         steps: queries per sample, the first set included. alpha: share swapped at first, 0 .. 1. threat: L0, pixels or features.
@@ -35,7 +38,8 @@ def sparse_rs(
 
     Cost: at most steps forwards (1 where steps is 0), no backward.
 
-    Differs from the paper: at least one pixel is swapped at each step; every sample has a set size, and draws, of its own.
+    Differs from the paper: at least one pixel is swapped at each step; every sample has a set size, and draws, of its own. No
+    pixel is given its own color, which would change nothing (the released code takes care of that where one pixel is swapped).
     """
     if steps < 0:
         raise BadInput(f"steps: {steps}: must be 0 or more")
@@ -61,7 +65,7 @@ class Swaps:
         """Swaps a share of the set."""
         changed = pixels(problem.threat, best != problem.x).any(1)
         chance = self._drawn(problem, "place", number + 1)
-        count = (self.alpha * schedule(number, budget) * problem.radius.floor()).floor().clamp(min=1)[:, None]
+        count = (self.alpha / part(number + 1, budget) * problem.radius.floor()).floor().clamp(min=1)[:, None]
         kept = changed & (_rank(chance.masked_fill(~changed, -1.0)) >= count)
         # what is kept comes first, then what was not in the set; what was let go comes last
         values = torch.where(_wide(problem, kept), best, self._corners(problem, "corner", number + 1))
@@ -71,9 +75,17 @@ class Swaps:
         return problem.key.fold(name, number).uniform(problem.ids, pixels(problem.threat, problem.x)[:, 0].float())
 
     def _corners(self, problem: Problem, name: str, number: int) -> Tensor:
+        """A corner for each pixel; the opposite one where that is its own color."""
         low, high = problem.threat.room.interval(problem.x)  # type: ignore[attr-defined]
         up = problem.key.fold(name, number).uniform(problem.ids, problem.x.float()) < 0.5
-        return torch.where(up, high, low)
+        own = ~pixels(problem.threat, torch.where(up, high, low) != problem.x).any(1)
+        return torch.where(up ^ _wide(problem, own), high, low)
+
+
+def part(query: int, budget: int) -> int:
+    """What alpha is divided by at the query of that number of `budget`: the released table for L0, stretched to the budget."""
+    place = int(query / max(budget, 1) * 10000)
+    return _PARTS[sum(place > end for end in _ENDS)]
 
 
 def pixels(threat: Projects, values: Tensor) -> Tensor:

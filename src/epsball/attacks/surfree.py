@@ -50,7 +50,8 @@ def surfree(
         steps: queries per sample. angle: the first, in degrees, 0 .. 80. rho: how fast it follows, 0 .. 1. signs: angles to each side.
         even: directions after which low waves weigh little more than high ones. memory: directions that the next is orthogonal
         to, at most a quarter of the features.
-        tries: random directions that are tried for a nearer start, one query each where there is none.
+        tries: random directions that are tried for a nearer start, one query each where there is none; at most a twentieth of
+        steps, where a turn gains more.
         starts: (N, ...) inputs to start from, tried nearest first; a `Targeted` goal wants some of the target's class.
         threat: L2.
 
@@ -113,7 +114,7 @@ class Turns:
         return state.found.reading(problem), replace(after, number=state.number + 1)
 
     def _begin(self, problem: Problem, state: _Turning) -> _Turning:
-        found = start_near(problem, state.found, self.starts, self.tries)
+        found = start_near(problem, state.found, self.starts, min(self.tries, self.budget // 20))
         ones = torch.ones_like(problem.radius)
         _, found = bisect(problem, found, inward_path(problem, found.z), 0 * ones, ones, 1e-3 * ones, found.some)
         return replace(state, found=found)

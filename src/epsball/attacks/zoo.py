@@ -156,7 +156,8 @@ class Coordinates:
         after = replace(state, z=z, seen=seen, constant=c, reached=state.reached | reached, number=state.number + 1)
         if self.searches:
             return reading, self._bisected(problem, after) if after.number % run == 0 else after
-        grow = 25 ** (0.3 * chosen.shape[1] / (grid[0] * grid[1] * grid[2]))  # 25-fold whenever each coordinate had about three turns
+        turns = chosen.shape[1] / (grid[0] * grid[1] * grid[2])
+        grow = 25 ** max(0.3 * turns, 1.5 / run)  # 25-fold whenever each coordinate had about three turns, or in two thirds of a run
         return reading, replace(after, constant=c * torch.where(reached, 1 / grow, grow))
 
     def _bisected(self, problem: Problem, s: Descending) -> Descending:

@@ -1,0 +1,285 @@
+"""The audit against AutoAttack: who breaks more samples, for how many rows and seconds. Writes results/autoattack.md.
+
+`OMP_NUM_THREADS=1 PYTHONPATH=../peers/auto-attack python benchmarks/auto_attack.py` in epsball's environment (AutoAttack needs
+nothing else; peers.md says how it is installed), with EPSBALL_DATA. One thread; both sides get the same correctly classified
+test images. AutoAttack is the official code, version `standard`, which drops what it has broken as the audit does; its answers
+are judged by a fresh look, as ours are. Every run is kept in cache/autoattack: AutoAttack's once, ours until the package's
+search code changes. `--tables` runs nothing. `--only WORD ...` takes the cases whose name holds a word.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import hashlib
+import json
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+import epsball as eb
+import nets
+from epsball.auditing.plan import EFFORTS, plan
+from epsball.auditing.statistics import clopper_pearson
+from epsball.core import Untargeted, Victim
+from epsball.models.digits import load
+from epsball.threats import named
+from peers import Counting, distances, reached
+
+HERE = Path(__file__).parent
+CACHE = nets.CACHE / "autoattack"
+OFFICIAL = {"linf": "Linf", "l2": "L2", "l1": "L1"}
+RADII = {
+    "digits-standard": ("0.1", "0.5", "1.2"),
+    "digits-robust": ("0.2", "0.6", "1"),
+    "mnist-standard": ("0.08", "1", "6"),
+    "mnist-robust": ("0.3", "1.25", "3.5"),
+    "cifar-standard": ("1/255", "0.2", "2.5"),
+    "cifar-robust": ("4/255", "0.5", "5"),
+}
+"""Under Linf, L2 and L1; between 5 and 90 of 100 samples stand."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """A network, the samples that it is attacked on, and the budget."""
+
+    name: str
+    net: nn.Module
+    x: Tensor
+    y: Tensor
+    norm: str
+    text: str
+
+    @property
+    def radius(self) -> float:
+        """The budget as a number."""
+        above, _, below = self.text.partition("/")
+        return float(above) / float(below or 1)
+
+
+@dataclass
+class Run:
+    """What one side did: which samples stand (n), rows forward and backward, CPU seconds; rows of the audit's checks apart."""
+
+    stands: list[bool]
+    forwards: int
+    backwards: int
+    seconds: float
+    source: str = ""
+    whole: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def robust(self) -> int:
+        """How many stand."""
+        return sum(self.stands)
+
+
+@dataclass
+class Books:
+    """Rows of a model and of all its copies."""
+
+    forwards: int = 0
+    backwards: int = 0
+
+    def __deepcopy__(self, memo: object) -> Books:
+        return self
+
+    def asked(self, inputs: Tensor, output: Tensor) -> Tensor:
+        """Rows forward."""
+        self.forwards += len(inputs)
+        return torch.arange(len(inputs))
+
+    def pulled(self, rows: Tensor) -> None:
+        """Rows backward."""
+        self.backwards += len(rows)
+
+
+def cases(n: int, seed: int, words: list[str]) -> Iterator[Case]:
+    """n correctly classified test images per network (at most 40 of CIFAR, which takes long), as many of each class as can be."""
+    for name, radii in RADII.items():
+        pairs = zip(OFFICIAL, radii, strict=True)
+        wanted = [(norm, text) for norm, text in pairs if not words or any(word in f"{name} {norm}" for word in words)]
+        if not wanted:
+            continue
+        net = (load(name) if name.startswith("digits") else nets.trained(name)).requires_grad_(False)
+        x, y = _sample(name, net, min(n, 40) if name.startswith("cifar") else n, seed)
+        for norm, text in wanted:
+            yield Case(name, net, x, y, norm, text)
+
+
+def _sample(name: str, net: nn.Module, n: int, seed: int) -> tuple[Tensor, Tensor]:
+    sources = {"digits": "digits", "mnist": str(nets.mnist_file()), "cifar": str(nets.root() / "cifar10_jpeg")}
+    data = eb.load_data(sources[name.split("-")[0]], split="test")
+    with torch.no_grad():
+        right = torch.cat([net(x).argmax(1) for x in data.x.split(500)]) == data.y
+    order = torch.from_numpy(np.random.default_rng(seed).permutation(len(data.y)))
+    order = order[right[order]]
+    rank = torch.zeros(len(order), dtype=torch.int64)  # of an image among those of its class
+    for label in data.y.unique():
+        of_class = data.y[order] == label
+        rank[of_class] = torch.arange(int(of_class.sum()))
+    chosen = order[rank.argsort(stable=True)][:n]
+    return data.x[chosen], data.y[chosen]
+
+
+def _stands(at: Case, x_adv: Tensor, slack: float) -> list[bool]:
+    """By a fresh look: right, or outside the budget (times 1 + slack) or the box."""
+    inside = (distances(at.norm, at.x, x_adv) <= at.radius * (1 + slack)) & ((x_adv >= 0) & (x_adv <= 1)).flatten(1).all(1)
+    return (~(reached(at.net, x_adv, at.y) & inside)).tolist()
+
+
+def official(at: Case, seed: int) -> Run:
+    """AutoAttack standard on all samples at once. Its float32 balls are granted 1e-5 of the radius."""
+    from autoattack import AutoAttack
+
+    model = Counting(at.net).eval()
+    judge = AutoAttack(model, norm=OFFICIAL[at.norm], eps=at.radius, seed=seed, version="standard", device="cpu", verbose=False)
+    started = time.process_time()
+    x_adv = judge.run_standard_evaluation(at.x.clone(), at.y.clone(), bs=len(at.x))
+    return Run(_stands(at, x_adv.clamp(0, 1), 1e-5), model.forwards, model.backwards, time.process_time() - started)
+
+
+def ours(at: Case, seed: int, effort: str) -> Run:
+    """The plan's stages alone, each on the samples that stand; then the whole audit, with preflight, checks and referee."""
+    model, started = Counting(at.net).eval(), time.process_time()
+    threat, x_adv = named(at.norm), at.x.clone()
+    with Victim(model) as victim, torch.no_grad():
+        clean = model(at.x)
+        rows = torch.arange(len(at.x))
+        for stage in plan(threat, effort, classes=clean.shape[1], single_label=True, gradients=True):
+            if not len(rows):
+                break
+            outcome = stage.attack(victim, at.x[rows], Untargeted(at.y[rows]), at.radius, seed, clean=clean[rows])
+            x_adv[rows] = outcome.x_adv
+            rows = rows[~outcome.reached]
+    seconds = time.process_time() - started
+    return Run(_stands(at, x_adv, 0.0), model.forwards, model.backwards, seconds, source(), _audited(at, seed, effort))
+
+
+def _audited(at: Case, seed: int, effort: str) -> dict[str, float]:
+    books = Books()
+    model = Counting(copy.deepcopy(at.net), books).eval()
+    with tempfile.TemporaryDirectory() as folder:
+        started = time.process_time()
+        report = eb.audit(model, (at.x, at.y), f"{at.norm}:{at.text}", effort=effort, seed=seed, out=Path(folder) / "run")
+        seconds = time.process_time() - started
+    count = report.models[0].results[0].robust_accuracy.count
+    return {"robust": count, "forwards": books.forwards, "backwards": books.backwards, "seconds": seconds}
+
+
+def source() -> str:
+    """Changes with every change of what an audit does."""
+    root = Path(eb.__file__).parent
+    files = sorted(file for part in ("core", "threats", "objectives", "attacks", "auditing") for file in (root / part).rglob("*.py"))
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:12]
+
+
+def kept(place: Path, stale: Callable[[Run], bool], make: Callable[[], Run] | None) -> Run | None:
+    """The run at that place, made anew where there is none or it is stale; None where nothing may run."""
+    found = Run(**json.loads(place.read_text())) if place.exists() else None
+    if make is None or (found is not None and not stale(found)):
+        return found
+    found = make()
+    CACHE.mkdir(parents=True, exist_ok=True)
+    place.write_text(json.dumps(asdict(found)))
+    return found
+
+
+def place(at: Case, side: str, seed: int) -> Path:
+    """Where a run is kept."""
+    return CACHE / f"{at.name}-{at.norm}-{at.text.replace('/', '_')}-{len(at.x)}-{seed}-{side}.json"
+
+
+def parsed() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--n", type=int, default=100)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--only", nargs="+", default=[], help="only cases whose name holds one of these")
+    parser.add_argument("--efforts", nargs="*", default=list(EFFORTS), choices=EFFORTS)
+    parser.add_argument("--tables", action="store_true", help="run nothing, write the tables")
+    return parser.parse_args()
+
+
+def row(at: Case, seed: int, effort: str) -> str | None:
+    """One line of the table; None where a side has not run."""
+    theirs, mine = (kept(place(at, side, seed), lambda _: False, None) for side in ("autoattack", effort))
+    if theirs is None or mine is None:
+        return None
+    n, whole = len(at.x), mine.whole
+    only_theirs, only_ours = (sum(a and not b for a, b in zip(*pair, strict=True)) for pair in _pairs(mine, theirs))
+    cells = [
+        f"{at.name} {at.norm}:{at.text}",
+        effort,
+        _interval(theirs.robust, n),
+        _interval(mine.robust, n),
+        f"{only_theirs} / {only_ours}",
+        f"{theirs.backwards:,} / {mine.backwards:,} ({100 * mine.backwards / theirs.backwards:.1f} %)",
+        f"{theirs.forwards:,} / {mine.forwards:,} ({100 * mine.forwards / theirs.forwards:.1f} %)",
+        f"{100 * whole['forwards'] / theirs.forwards:.1f} %",
+        f"{theirs.seconds:.1f} / {mine.seconds:.2f} ({100 * mine.seconds / theirs.seconds:.1f} %)",
+        mine.source,
+    ]
+    return f"| {' | '.join(cells)} |"
+
+
+def _pairs(mine: Run, theirs: Run) -> tuple[tuple[list[bool], list[bool]], tuple[list[bool], list[bool]]]:
+    return (mine.stands, theirs.stands), (theirs.stands, mine.stands)
+
+
+def _interval(count: int, n: int) -> str:
+    low, high = clopper_pearson(count, n)
+    return f"{count} of {n} [{100 * low:.0f}, {100 * high:.0f}]"
+
+
+COLUMNS = ("case", "effort", "AutoAttack stands", "audit stands", "only one side", "gradient rows", "forward rows")
+COLUMNS += ("with checks", "CPU seconds", "code")
+
+
+def table(rows: list[str], seed: int) -> str:
+    """The page."""
+    head = [
+        "# The audit against AutoAttack",
+        "",
+        f"`OMP_NUM_THREADS=1 PYTHONPATH=../peers/auto-attack python benchmarks/auto_attack.py --seed {seed}`; one thread,",
+        f"torch {torch.__version__.split('+')[0]}. Official AutoAttack (commit in peers.md), version standard, on the same correctly",
+        "classified test images. Standing: samples that the side did not break, by a fresh look, with 95 % Clopper-Pearson intervals in",
+        "percent. Only one side: samples that AutoAttack alone broke / that the audit alone broke. Rows and seconds: AutoAttack / the",
+        "search stages (share). With checks: forward rows of the whole audit, preflight, checks and referee included, as a share of",
+        "AutoAttack's. CPU seconds were measured while other work shared the machine. Code: the state of the search code, as a digest.",
+        "",
+        f"| {' | '.join(COLUMNS)} |",
+        "|---" * len(COLUMNS) + "|",
+    ]
+    return "\n".join([*head, *rows]) + "\n"
+
+
+def run_all(arguments: argparse.Namespace) -> None:
+    """Runs what is asked for and not kept yet, AutoAttack before ours."""
+    now, seed = source(), arguments.seed
+    for at in cases(arguments.n, seed, arguments.only):
+        kept(place(at, "autoattack", seed), lambda _: False, partial(official, at, seed))
+        for effort in arguments.efforts:
+            kept(place(at, effort, seed), lambda old: old.source != now, partial(ours, at, seed, effort))
+            print(row(at, seed, effort), flush=True)
+
+
+def main() -> None:
+    arguments = parsed()
+    torch.set_num_threads(1)
+    if not arguments.tables:
+        run_all(arguments)
+    lines = (row(at, arguments.seed, effort) for at in cases(arguments.n, arguments.seed, []) for effort in EFFORTS)
+    rows = [line for line in lines if line is not None]
+    (HERE / "results" / "autoattack.md").write_text(table(rows, arguments.seed), encoding="utf8")
+
+
+if __name__ == "__main__":
+    main()
