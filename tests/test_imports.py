@@ -36,7 +36,7 @@ ALLOWED: dict[str, set[str]] = {
     "certify": BASE | {"core", "threats", "models", "certify"},
     "explain": ATTACK_SIDE | {"explain"},
     "reproduce": ATTACK_SIDE
-    | {"attacks", "data", "models", "reproduce", "auditing.statistics", "defenses.training.logistic"}
+    | {"attacks", "data", "models", "reproduce", "auditing.statistics", "defenses.training"}
     | {"report.svg", "report.text", "report.files"},  # charts, words and the atomic writer; an experiment is no audit
 }
 OUTSIDE: dict[str, set[str]] = {

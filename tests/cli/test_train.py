@@ -8,6 +8,7 @@ import shlex
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ import torch
 from safetensors.torch import load_file
 
 from epsball.cli import main
-from epsball.defenses.training import METHODS, small
+from epsball.defenses.training import METHODS, Fitted, Record, small
 
 QUICK = ["train", "--method", "fast", "--epochs", "2", "-n", "200"]
 
@@ -205,6 +206,22 @@ def test_two_workers_train_from_the_command_line(tmp_path: Path, capsys: pytest.
     assert two["loss"] == pytest.approx(one["loss"], rel=1e-5)
     names = {path.name for path in (tmp_path / "two").iterdir()}
     assert names == {"checkpoint.safetensors", "log.jsonl", "model.py", "model.safetensors"}
+
+
+def test_catastrophic_overfitting_is_said_with_its_step(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from epsball.cli import train
+
+    fine = Record(3, 1380, 9.0, 0.5, {"adversarial": 0.8}, clean=0.98, robust=0.19, rate=0.1, radius=0.3, best=True)
+    now = replace(fine, epoch=4, step=1840, robust=0.08, best=False, collapsed=True)
+    live = train.Live(quiet=False)
+    live(1380, 3680, fine)
+    live(1840, 3680, now)
+    first, second = capsys.readouterr().err.splitlines()
+    assert "CATASTROPHIC" not in first
+    assert second.startswith("epoch 4:")
+    assert "CATASTROPHIC OVERFITTING by step 1840" in second
+    train._tell(Fitted(small((1, 8, 8), 10), fine, (fine, now), False), tmp_path, "epsball audit", 100, False, {})
+    assert "Catastrophic overfitting was seen at step 1840" in capsys.readouterr().out
 
 
 def test_several_workers_need_a_folder(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

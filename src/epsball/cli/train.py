@@ -383,7 +383,7 @@ def _tell(fitted: Fitted, folder: Path, line: str, held: int, as_json: bool, fac
     bounded = "" if best.certified is None else f", certified by intervals {best.certified:.1%}"
     typer.echo(f"On {held} held-out samples: clean {best.clean:.1%}, under a short PGD {best.robust:.1%}{bounded}. That is no verdict yet.")
     if alarms:
-        typer.echo(f"Catastrophic overfitting was seen at step {alarms[0]}: n_fgsm or pgd do not fall into it at this radius, usually.")
+        typer.echo(f"Catastrophic overfitting was seen at step {alarms[0]}: a second step helps, --method pgd -s steps=2 -s share=0.6.")
     typer.echo(f"Weights: {folder / WEIGHTS_FILE}\nLog:     {folder / 'log.jsonl'}\nNext:    {line}")
 
 
