@@ -193,7 +193,7 @@ COSTS = {
     "black box": (300, 0),
     "long search": (101, 100),
     "no bound": (41, 40),
-    "planted inputs: fit": (49, 0),
+    "planted inputs: fit": (50, 0),
     "planted inputs: chance": (201, 0),
     "planted inputs: search": (163, 160),
 }

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import epsball as eb
 from epsball.auditing.cascade import attack_round
-from epsball.auditing.plan import EFFORTS, deeper, plan
+from epsball.auditing.plan import EFFORTS, Stage, deeper, plan
 from epsball.auditing.referee import SAME, Referee, length
 from epsball.auditing.results import Report
 from epsball.auditing.sheet import Sheet, Subject
@@ -243,7 +243,7 @@ def test_the_referee_believes_no_z(name: str, lie: str) -> None:
     referee = Referee(victim)
     sheet = Sheet.start(subject, referee.outputs(data.x, subject.goal), [], (spec,), queries=300, pace=0.0)
     make, paint, honest = FORGERIES[lie]
-    attack_round(sheet, referee, sheet.rounds[0], Forger(spec.threat, make, paint), 0, True, lambda *_: None)
+    attack_round(sheet, referee, sheet.rounds[0], Stage(Forger(spec.threat, make, paint), 0), 0, True, lambda *_: None)
     broken = torch.isfinite(sheet.hits[name].radius)
     assert bool(broken.all()) if honest else not bool(broken.any())
     assert set(sheet.hits[name].z) == set(broken.nonzero().squeeze(1).tolist())

@@ -13,6 +13,7 @@ from planted import blobs, linear
 from torch import Tensor, nn
 
 from epsball.auditing.cascade import attack_round
+from epsball.auditing.plan import Stage
 from epsball.auditing.referee import Referee, distance
 from epsball.auditing.run import confirm
 from epsball.auditing.sheet import Sheet, Subject
@@ -111,7 +112,7 @@ def test_a_lying_attack_gets_nothing_confirmed(lie: str) -> None:
     sheet, referee = sheet_of()
     current = sheet.rounds[0]
     before = sheet.standing("linf", 0.3).clone()
-    attack_round(sheet, referee, current, Liar(LIES[lie]), 0, True, lambda *_: None)
+    attack_round(sheet, referee, current, Stage(Liar(LIES[lie]), 0), 0, True, lambda *_: None)
     assert int(before.sum()) > 20
     assert torch.equal(sheet.standing("linf", 0.3), before)
     assert current.attacks[0].broken == 0
@@ -123,7 +124,7 @@ def test_a_lying_attack_gets_nothing_confirmed(lie: str) -> None:
 def test_the_same_move_inside_the_radius_is_confirmed() -> None:
     """The control of the test above: without the lie, the referee does confirm."""
     sheet, referee = sheet_of()
-    attack_round(sheet, referee, sheet.rounds[0], Liar(lambda x, r: edge(x, r - 1e-6)), 0, True, lambda *_: None)
+    attack_round(sheet, referee, sheet.rounds[0], Stage(Liar(lambda x, r: edge(x, r - 1e-6)), 0), 0, True, lambda *_: None)
     assert sheet.rounds[0].attacks[0].broken > 20
 
 
@@ -237,7 +238,7 @@ def test_a_label_only_victim_stays_label_only_for_the_referee() -> None:
 def test_what_is_not_confirmed_when_read_back_does_not_count(tmp_path: Path) -> None:
     """A sheet that claims more than its inputs show: the false claims are struck, on the sheet and on the disk."""
     sheet, referee = sheet_of()
-    attack_round(sheet, referee, sheet.rounds[0], Liar(lambda x, r: edge(x, r - 1e-6)), 0, True, lambda *_: None)
+    attack_round(sheet, referee, sheet.rounds[0], Stage(Liar(lambda x, r: edge(x, r - 1e-6)), 0), 0, True, lambda *_: None)
     hits = sheet.hits["linf"]
     true = torch.isfinite(hits.radius)
     false = sheet.correct & ~true

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from epsball.auditing.checks import FINAL_CHECKS, ROUND_CHECKS, Scene, attack_row, effort_suffices, queries_suffice, told_once
-from epsball.auditing.plan import Stage, black_box, plan, smooth
+from epsball.auditing.plan import Stage, black_box, by_chance, plan, smooth
 from epsball.auditing.referee import Referee
 from epsball.auditing.results import Flag
 from epsball.auditing.sheet import Round, Sheet
 from epsball.auditing.stopping import Spent, Stopping
-from epsball.core import LabelsChanged
+from epsball.core import Outcome, Tally, Untargeted
 from epsball.threats import is_input
 
 
@@ -44,20 +44,22 @@ def stages_of(sheet: Sheet, current: Round, effort: str) -> tuple[Stage, ...]:
     blind = black_box(threat, model.access, sheet.queries)
     if not sheet.shown:
         return blind
-    single, dead = not isinstance(sheet.subject.goal, LabelsChanged), sight.dead
+    single, dead = isinstance(sheet.subject.goal, Untargeted), sight.dead
     known = plan(threat, effort, classes=sheet.clean.shape[1], single_label=single, gradients=not dead)
     if dead:  # noise and grids are part of both
         names = {stage.attack.name for stage in known}
         return (*known, *(stage for stage in blind if stage.attack.name not in names))
-    stages = list(known) if sight.own and not sight.random else []
+    if sight.bare is not None:
+        own = by_chance(threat, effort, model, sight.victim.draws) if sight.own else ()
+        other = by_chance(threat, effort, sight.bare, sight.victim.draws) if sight.bare is not model else ()
+        return (*own, *(replace(s, beyond=True) for s in other[: 2 if own else None]))
+    stages = list(known) if sight.own else []
     if sight.victim is not model:
-        draws = sight.victim.draws
-        beyond = bool(sight.own and stages)
-        stages += [replace(s, rows=s.rows * draws, victim=sight.victim, keep=sight.random, beyond=beyond) for s in known]
+        stages += [replace(s, victim=sight.victim, beyond=bool(stages)) for s in known]
     if sight.rough:
         stages += [replace(s, victim=sight.victim, beyond=True) for s in smooth(threat, effort)]
     doubted = sight.hidden or sight.rough or not sight.own or sheet.found("gradient")
-    return (*stages, *(replace(s, beyond=True) for s in blind)) if doubted and not sight.random else tuple(stages)
+    return (*stages, *(replace(s, beyond=True) for s in blind)) if doubted else tuple(stages)
 
 
 def planned_rows(sheet: Sheet, effort: str, threat: str) -> int:
@@ -126,10 +128,11 @@ def attack_round(
     sheet: Sheet, referee: Referee, current: Round, stage: Stage, seed: int, drop: bool, watch: Callable[[int, int, int], None]
 ) -> Tensor:
     """One attack on the samples still standing; only what the referee confirms is entered, and its queries (K,) are returned."""
-    rows = sheet.standing(current.threat, current.radius).nonzero().squeeze(1)
+    subject, hits, threat = sheet.subject, sheet.hits[current.threat], sheet.threat(current.threat)
+    rows = (sheet.standing(current.threat, current.radius) & (hits.near <= stage.near)).nonzero().squeeze(1)
     if not len(rows):
         return rows
-    started, subject, hits, threat = time.perf_counter(), sheet.subject, sheet.hits[current.threat], sheet.threat(current.threat)
+    started = time.perf_counter()
     x, goal, attack = subject.x[rows], subject.goal.take(rows), stage.attack
     drop = drop and not stage.keep
     outcome = attack(stage.victim or subject.victim, x, goal, current.radius, seed, clean=sheet.clean[rows], drop=drop, watch=watch)
@@ -140,17 +143,46 @@ def attack_round(
     if len(claimed):
         x_adv, z = outcome.x_adv.cpu()[claimed], None if is_input(threat) else outcome.z.cpu()[claimed]
         ruling = referee.judge(x[claimed], x_adv, goal.take(claimed), threat, current.radius, z)
-        broken = rows[claimed][ruling.broken]
+        kept = ruling.broken
+        if sheet.sight.random:  # by other draws as well: who is broken by luck is better attacked again
+            turned = referee.judge(
+                x[claimed].flip(0), x_adv.flip(0), goal.take(claimed.flip(0)), threat, current.radius, None if z is None else z.flip(0)
+            )
+            kept = kept & turned.broken.flip(0)
+        broken = rows[claimed][kept]
         if z is not None:
-            hits.z |= {int(row): one.clone() for row, one in zip(broken, z[ruling.broken], strict=True)}
-        hits.x_adv[broken] = x_adv[ruling.broken]
-        hits.size[broken] = ruling.size[ruling.broken]
-        hits.predicted[broken] = ruling.predicted[ruling.broken]
-        spent = outcome.queries[claimed][ruling.broken]
+            hits.z |= {int(row): one.clone() for row, one in zip(broken, z[kept], strict=True)}
+        hits.x_adv[broken] = x_adv[kept]
+        hits.size[broken] = ruling.size[kept]
+        hits.predicted[broken] = ruling.predicted[kept]
+        spent = outcome.queries[claimed][kept]
         current.beyond += len(broken) if stage.beyond else 0
         hits.radius[broken] = current.radius  # last: an interrupt before this line leaves these samples standing
+    outcome = nearer(sheet, current, rows, outcome)
     current.attacks.append(attack_row(attack.name, repr(attack), len(rows), len(broken), outcome, time.perf_counter() - started))
     return spent
+
+
+def nearer(sheet: Sheet, current: Round, rows: Tensor, outcome: Outcome) -> Outcome:
+    """Writes down how near a search came to breaking those that still stand, and books the one row each that it takes to see."""
+    subject, hits = sheet.subject, sheet.hits[current.threat]
+    left = (hits.radius[rows] > current.radius).nonzero().squeeze(1)
+    goal, place = subject.goal.take(rows[left]), rows[left]
+    if not sheet.shown or sheet.sight.random or not isinstance(goal, Untargeted) or not len(left):
+        return outcome
+    tally = Tally.zeros(len(left))
+    output = subject.victim.outputs(outcome.x_adv[left], tally).cpu()
+    now, clean = (gap(answers.double(), goal) for answers in (output, sheet.clean[place].cpu()))
+    hits.near[place] = torch.minimum(hits.near[place], (now / clean).nan_to_num(nan=1.0).clamp(min=0.0))
+    queries = outcome.queries.clone()
+    queries[left] += tally.forwards.to(queries.device)
+    return replace(outcome, queries=queries)
+
+
+def gap(output: Tensor, goal: Untargeted) -> Tensor:
+    """(B,) by how much the label's score leads the next."""
+    own = output.gather(1, goal.labels.cpu()[:, None]).squeeze(1)
+    return own - output.scatter(1, goal.labels.cpu()[:, None], -torch.inf).amax(1)
 
 
 def eight_bit(sheet: Sheet, referee: Referee) -> None:

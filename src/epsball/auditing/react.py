@@ -36,12 +36,14 @@ class Sight:
 
     Attributes:
         victim: whose gradients are followed: the model itself, or a twin. own: the model's own gradients are worth following first.
+        bare: of a random model, `victim` without its averaging.
         judges: draws of a ruling; more than 1 for a random model. hidden: steps of the model that have no useful derivative.
         rough: gradients jump, so smoothed ones are tried as well. dead: no gradient is to be had anywhere.
     """
 
     victim: Victim
     own: bool = True
+    bare: Victim | None = None
     judges: int = 1
     hidden: tuple[str, ...] = ()
     rough: bool = False
@@ -81,7 +83,7 @@ def react(bench: Bench, findings: list[Finding], effort: str, seed: int) -> tupl
     sight, findings = _backward(bench, findings, faults, seed)
     if "random" in faults and not faults & {"batch", "state"}:
         draws = DRAWS[effort]
-        sight = replace(sight, victim=sight.victim.averaged(draws), judges=JUDGES)
+        sight = replace(sight, victim=sight.victim.averaged(draws), judges=JUDGES, bare=sight.victim)
         message = f" Searches saw the mean of {draws} answers; an input counts as broken where most of {JUDGES} draws are wrong."
         findings = [_met(f, message) if f.id == "random" else f for f in findings]
         return sight, findings

@@ -57,6 +57,7 @@ class Hits:
         radius: (N,) float64, infinite where the sample stands. x_adv: (N, ...), the clean input where it stands.
         size: (N,) float64. predicted: (N,) class answered. invalid: (N,) float64, the smallest radius at which the search
             met a NaN or infinite answer; infinite where it met none.
+        near: (N,) float64, the smallest margin that searches came down to, as a share of the clean one; 1 before any.
         z: row -> (...) the adversary's variable, for threats where it is not the input; else empty.
     """
 
@@ -65,6 +66,7 @@ class Hits:
     size: Tensor
     predicted: Tensor
     invalid: Tensor
+    near: Tensor
     z: dict[int, Tensor] = field(default_factory=dict)
 
     @staticmethod
@@ -77,6 +79,7 @@ class Hits:
             size=torch.zeros(n, dtype=torch.float64),
             predicted=torch.full((n,), -1, dtype=torch.int64),
             invalid=torch.full((n,), torch.inf, dtype=torch.float64),
+            near=torch.ones(n, dtype=torch.float64),
         )
 
     def revoke(self, rows: Tensor) -> None:

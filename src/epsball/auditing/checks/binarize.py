@@ -13,7 +13,7 @@ from epsball.attacks import apgd, noise
 from epsball.auditing.checks.scene import Scene, attack_row
 from epsball.auditing.results import Flag
 from epsball.auditing.statistics import clopper_pearson
-from epsball.core import Access, AttackLike, Outcome, Problem, Tally, Victim, valid
+from epsball.core import Access, AttackLike, Outcome, Problem, Victim, valid
 from epsball.core.rows import per_sample
 from epsball.core.threat import Z
 from epsball.threats import L2, Linf
@@ -95,12 +95,11 @@ def planted_inputs_are_found(scene: Scene) -> Iterator[Flag]:
         return
     model = scene.victim.model
     features = _victim(scene.victim, Features(model)) if isinstance(model, nn.Module) else None
-    tally, started = Tally.zeros(len(rows)), time.perf_counter()
-    if features is None or features.outputs(scene.sheet.subject.x[rows].to(features.device), tally).shape[1] == 0:
+    problem, started = scene.problem(rows, height, "planted inputs"), time.perf_counter()
+    if features is None or features.outputs(problem.x, problem.tally).shape[1] == 0:
         reason = "The binarization test was skipped: the model shows no linear layer whose input could be read."
         yield Flag(id="binarization", severity="info", message=reason)
         return
-    problem = scene.problem(rows, height, "planted inputs")
     goal, fitted = _planes(problem, features)
     scene.spent(problem.tally, "planted inputs: fit", f"{INNER} points inside, 1 at the edge", started)
     chosen = fitted.nonzero().squeeze(1)
