@@ -32,7 +32,10 @@ def refused(net: nn.Module, words: str, shape: tuple[int, ...] = (4,)) -> None:
 
 
 def test_an_unknown_layer_is_named() -> None:
-    refused(nn.Sequential(nn.Linear(4, 4), nn.GELU(), nn.Linear(4, 3)), "layer '1' has no certified bounds: use --method smoothing")
+    refused(
+        nn.Sequential(nn.Linear(4, 4), nn.GELU(), nn.Linear(4, 3)),
+        "layer '1' has no certified bounds: use --method smoothing, or",
+    )
     refused(nn.Sequential(nn.Linear(4, 3), nn.Softmax(1)), "layer '1' has no certified bounds")
     refused(nn.Sequential(nn.Linear(4, 3), nn.LeakyReLU(1.5)), "layer '1' has no certified bounds")
     refused(Own(lambda layer, x: layer(x).exp()), r"operation 'exp' \(exp\)")

@@ -161,7 +161,7 @@ class _Builder:
 
     def _unknown(self, node: fx.Node) -> BadInput:
         words = f"layer '{node.target}'" if node.op == "call_module" else f"operation '{_called(node)}' ({node.name})"
-        return BadInput(f"model '{self.name}': {words} has no certified bounds: use --method smoothing")
+        return BadInput(f"model '{self.name}': {words} has no certified bounds: use --method smoothing, or auto-lirpa")
 
     def _read(self, node: fx.Node, modules: Mapping[str, nn.Module], traced: fx.GraphModule) -> None:
         shape = tuple(node.meta["tensor_meta"].shape)

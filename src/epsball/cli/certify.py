@@ -27,6 +27,7 @@ class How(StrEnum):
     best = "best"
     crown = "crown"
     interval = "interval"
+    auto_lirpa = "auto-lirpa"
     smoothing = "smoothing"
 
 
@@ -38,7 +39,12 @@ def certify(
         str, typer.Option("--threat", "-t", help="NAME:RADIUS[,RADIUS]; linf, l2, l1, l0 or l0f; for smoothing l2.")
     ] = "linf:0.05,0.1",
     n: Annotated[int, typer.Option("--n", "-n", min=1, help="At most so many samples, spread over the classes.")] = 100,
-    method: Annotated[How, typer.Option(help="best: crown and interval; smoothing speaks of the model that votes under noise.")] = How.best,
+    method: Annotated[
+        How,
+        typer.Option(
+            help="best: crown and interval; auto-lirpa: that library, for other layers; smoothing: the model that votes under noise."
+        ),
+    ] = How.best,
     sigma: Annotated[float | None, typer.Option(metavar="S", help="Smoothing: standard deviation of the noise; 0.25 unless given.")] = None,
     draws: Annotated[int | None, typer.Option(metavar="N", min=1, help="Smoothing: noisy copies per sample; 1000 unless given.")] = None,
     alpha: Annotated[float | None, typer.Option(metavar="A", help="Smoothing: chance of error per sample; 0.001 unless given.")] = None,
