@@ -24,6 +24,7 @@ from epsball.defenses.training import (
     Loss,
     Record,
     Standard,
+    atta,
     by_clean,
     constant,
     cosine,
@@ -85,6 +86,7 @@ RESUMED: dict[str, tuple[Loss, Course]] = {
     "pgd": (pgd(steps=2), COURSE),
     "trades, sgd, parts, clip": (trades(steps=2), replace(COURSE, optimizer=sgd, accumulate=3, clip=0.5, schedule=cosine)),
     "free": (Free(), replace(COURSE, replays=2)),
+    "atta, parts": (atta(), replace(COURSE, accumulate=2)),
     "no average, augmented": (fast(), replace(COURSE, average=0.0, augment=lambda x, noise: x + 0 * torch.rand(1, generator=noise))),
 }
 
@@ -101,6 +103,22 @@ def test_a_stopped_training_goes_on_bit_for_bit(name: str, steps: int, tmp_path:
     resumed = fit(again, loss, DATA, HELD, AGAINST, course, folder=tmp_path)
     assert same(weights(again), weights(whole))
     assert [replace(r, seconds=0) for r in resumed.history] == [replace(r, seconds=0) for r in straight.history]
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_convolutions_go_on_bit_for_bit_in_either_layout(layout: torch.memory_format, tmp_path: Path) -> None:
+    def made() -> nn.Module:
+        return small((1, 8, 8), 2).to(memory_format=layout)  # type: ignore[call-overload,no-any-return]
+
+    x = torch.rand(96, 1, 8, 8, generator=generator(Key.of(4)))
+    data, held = ((part, (part.mean((1, 2, 3)) > 0.5).long()) for part in (x[:64], x[64:]))
+    whole, again = made(), made()
+    fit(whole, pgd(steps=2), data, held, AGAINST, COURSE)
+    with pytest.raises(Killed):
+        fit(made(), pgd(steps=2), data, held, AGAINST, COURSE, folder=tmp_path, progress=kill_after(5))  # type: ignore[arg-type]
+    fit(again, pgd(steps=2), data, held, AGAINST, COURSE, folder=tmp_path)
+    assert same(weights(again), weights(whole))
+    assert all(p.is_contiguous(memory_format=layout) for p in again.parameters() if p.ndim == 4)
 
 
 def test_a_process_that_dies_loses_only_what_came_after_the_checkpoint(tmp_path: Path) -> None:

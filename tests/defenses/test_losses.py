@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -29,6 +30,7 @@ from epsball.defenses.training import (
     Standard,
     Tempered,
     alp,
+    atta,
     avmixup,
     fast,
     fgsm_mix,
@@ -43,7 +45,7 @@ from epsball.defenses.training import (
     small,
     trades,
 )
-from epsball.defenses.training.batch import generator
+from epsball.defenses.training.batch import Past, generator
 from epsball.defenses.training.cure import bend
 from epsball.defenses.training.fgsm import Mix
 from epsball.defenses.training.grad_align import Aligned
@@ -130,6 +132,31 @@ def test_n_fgsm_leaves_the_ball_but_not_its_own() -> None:
     # noise first, then a whole radius along the sign of the gradient, which is constant here
     eta = uniform(x, batch(radius=2 * EPS, n=64))
     assert torch.allclose(x_adv, eta + EPS * W.sign(), atol=1e-6)
+
+
+def test_a_warm_search_goes_on_where_it_ended_for_each_sample() -> None:
+    past, model, up = Past(9), logistic(), -signs()[:, None] * W.sign()
+    first, again = (replace(batch(seed=seed), places=torch.tensor([5, 2, 8, 0]), past=past) for seed in (1, 2))
+    steps = atta(steps=1, share=0.4)
+    start = uniform(X, batch(seed=1))
+    steps(model, X, Y, first)
+    kept = past.kept["warm.change"][first.places].float()
+    assert torch.allclose(kept, (start - X + 0.4 * EPS * up).clamp(-EPS, EPS), atol=1e-4)
+    assert past.kept["warm.change"].isnan().all(1).tolist() == [False, True, False, True, True, False, True, True, False]
+    x_adv = steps.search(model, X, Y, again)
+    assert torch.allclose(x_adv - X, (kept + 0.4 * EPS * up).clamp(-EPS, EPS), atol=1e-6)  # whatever noise there is now
+    shifted = replace(again, places=torch.tensor([5, 2, 8, 1]), generator=generator(Key.of(2)))
+    fresh = steps.search(model, X, Y, shifted)
+    assert torch.equal(fresh[:3], x_adv[:3])
+    assert torch.allclose(fresh[3], (uniform(X, batch(seed=2)) + 0.4 * EPS * up)[3].clamp(X[3] - EPS, X[3] + EPS), atol=1e-6)
+
+
+def test_a_warm_search_stays_in_a_ball_that_has_shrunk() -> None:
+    past = Past(4)
+    wide = replace(batch(), places=torch.arange(4), past=past)
+    atta()(logistic(), X, Y, wide)
+    narrow = replace(batch(radius=0.02), places=wide.places, past=past)
+    assert (atta(share=0.0).search(logistic(), X, Y, narrow) - X).abs().max() <= 0.02
 
 
 def test_trades_is_clean_cross_entropy_and_the_divergence() -> None:
@@ -321,6 +348,7 @@ COSTS = {
     "pgd": (8, 8),
     "fast": (2, 2),
     "n_fgsm": (2, 2),
+    "atta": (2, 2),
     "free": (1, 1),
     "trades": (10, 9),
     "mart": (9, 9),

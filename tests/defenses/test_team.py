@@ -88,6 +88,7 @@ JOBS: dict[str, dict[str, Any]] = {
     "pgd": {"loss": "pgd"},
     "trades-parts": {"loss": "trades", "parts": 2},
     "free": {"loss": "free"},
+    "atta-parts": {"loss": "atta", "parts": 2},
     "ddp": {"loss": "pgd", "prepare": "ddp"},
     "fsdp": {"loss": "trades", "prepare": "fsdp"},
     "wrapped-ddp": {"loss": "pgd", "wrap": "ddp"},

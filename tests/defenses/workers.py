@@ -13,14 +13,14 @@ import torch
 from torch import Tensor, distributed, nn
 
 from epsball.core import Key
-from epsball.defenses.training import Against, Course, Free, Loss, Team, fit, pgd, sgd, trades
+from epsball.defenses.training import Against, Course, Free, Loss, Team, atta, fit, pgd, sgd, trades
 from epsball.defenses.training.batch import generator
 from epsball.defenses.training.fit import Prepare
 from epsball.defenses.training.team import whole
 from epsball.threats import Linf
 
 COURSE = Course(epochs=2, batch=16, rate=0.05, average=0.9, optimizer=sgd, clip=1.0)
-LOSSES: dict[str, Loss] = {"pgd": pgd(steps=2), "trades": trades(steps=2), "free": Free()}
+LOSSES: dict[str, Loss] = {"pgd": pgd(steps=2), "trades": trades(steps=2), "free": Free(), "atta": atta()}
 
 
 def blobs(n: int, seed: int) -> tuple[Tensor, Tensor]:

@@ -92,15 +92,15 @@ class Maxout(nn.Module):
         return self.linear(x).unflatten(1, (-1, self.pieces)).amax(2)  # type: ignore[no-any-return]
 
 
-def maxout(units: int = 240, pieces: int = 5, pixels: int = 784, classes: int = 10) -> nn.Module:
-    """Two maxout layers with dropout (0.2 on the input, 0.5 after each layer), then a linear layer."""
+def maxout(units: int = 240, pieces: int = 5, pixels: int = 784, classes: int = 10, drop: tuple[float, float] = (0.2, 0.5)) -> nn.Module:
+    """Two maxout layers with dropout (`drop`: on the input, after each layer), then a linear layer."""
     return nn.Sequential(
         nn.Flatten(),
-        nn.Dropout(0.2),
+        nn.Dropout(drop[0]),
         Maxout(pixels, units, pieces),
-        nn.Dropout(0.5),
+        nn.Dropout(drop[1]),
         Maxout(units, units, pieces),
-        nn.Dropout(0.5),
+        nn.Dropout(drop[1]),
         nn.Linear(units, classes),
     )
 

@@ -26,6 +26,7 @@ from epsball.defenses.training.schedule import constant, cosine, one_cycle
 from epsball.defenses.training.standard import GaussianNoise, Standard
 from epsball.defenses.training.team import Team
 from epsball.defenses.training.trades import trades
+from epsball.defenses.training.warm import atta
 from epsball.defenses.training.watch import Record, by_certified, by_clean, by_robust
 
 __all__ = [
@@ -60,6 +61,7 @@ __all__ = [
     "adversarial_logistic",
     "alp",
     "art",
+    "atta",
     "avmixup",
     "by_certified",
     "by_clean",

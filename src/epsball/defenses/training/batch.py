@@ -18,6 +18,14 @@ Model = Callable[[Tensor], Tensor]
 Logs = dict[str, Tensor]
 
 
+@dataclass
+class Past:
+    """What a loss keeps of every sample of the training data (count of them) from one visit to the next: the same in all workers."""
+
+    count: int = 0
+    kept: dict[str, Tensor] = field(default_factory=dict)
+
+
 @dataclass(frozen=True)
 class Batch:
     """One step of training.
@@ -29,6 +37,7 @@ class Batch:
         memory: tensors that a loss keeps from step to step, a row a sample; they are part of every checkpoint.
         share: how much of the whole radius this step's is: 0 when the warm-up begins, 1 behind it.
         team: these rows are one worker's part of the batch, and so is its noise: all workers together draw what one process draws.
+        places: (B,) of the samples in the training data. past: what is known of these; part of every checkpoint.
     """
 
     threat: Projects
@@ -38,6 +47,12 @@ class Batch:
     memory: dict[str, Tensor] = field(default_factory=dict)
     share: float = 1.0
     team: Team = ALONE
+    places: Tensor | None = None
+    past: Past = field(default_factory=Past)
+
+    def radii(self, share: float) -> Tensor:
+        """`share` times the radius (B,); the radius itself is always the same tensor, whose bounds a threat remembers."""
+        return self.radius if share == 1 else share * self.radius
 
     def uniform(self, like: Tensor) -> Tensor:
         """Uniform in [0, 1), shape of `like`."""
@@ -52,6 +67,20 @@ class Batch:
         order = torch.randperm(len(like) * self.team.size, generator=self.generator)
         first = self.team.rank * len(like)
         return (order[(order >= first) & (order < first + len(like))] - first).to(like.device)
+
+    def recall(self, name: str, like: Tensor) -> Tensor:
+        """What was kept of these samples under that name, shaped and typed as `like` (B, ...); NaN where nothing was."""
+        kept = self.past.kept.get(name)
+        return torch.full_like(like, torch.nan) if kept is None else kept[self.places].to(like.dtype)
+
+    def keep(self, name: str, value: Tensor) -> None:
+        """Keeps value (B, ...) of these samples, in float16; samples without a place have no next visit."""
+        if self.places is None:
+            return
+        low, kept = self.team.joined(value.half()), self.past.kept
+        if name not in kept:
+            kept[name] = torch.full((self.past.count, *low.shape[1:]), torch.nan, dtype=low.dtype, device=low.device)
+        kept[name][self.team.joined(self.places)] = low
 
     def _all(self, like: Tensor) -> tuple[int, ...]:
         return (len(like) * self.team.size, *like.shape[1:])

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from epsball.core import Key
 from epsball.core.attack import recipe
 from epsball.defenses.training import checkpoint, team
-from epsball.defenses.training.batch import Batch, Loss, generator
+from epsball.defenses.training.batch import Batch, Loss, Past, generator
 from epsball.defenses.training.course import Against, Course
 from epsball.defenses.training.inner import still
 from epsball.defenses.training.schedule import keep, warmed
@@ -64,6 +64,7 @@ class _Run:
     moving: nn.Module
     shown: nn.Module
     optimizer: torch.optim.Optimizer
+    past: Past
     step: int = 0
     memory: dict[str, Tensor] = field(default_factory=dict)
     sums: dict[str, Tensor] = field(default_factory=dict)
@@ -111,7 +112,7 @@ def fit(
     workers.check(course.batch, course.accumulate)
     _check_data(data, held)
     name = _name(loss, data, against, course, seed, model)
-    run = _start(model, course, prepare)  # before any forward: sharded weights stay gathered behind one
+    run = _start(model, course, prepare, len(data[0]))  # before any forward: sharded weights stay gathered behind one
     _check_output(run.moving, data, held)
     per_epoch = max(1, len(data[0]) // course.batch) * course.replays
     workers.wait()
@@ -127,8 +128,9 @@ def fit(
                 order = torch.randperm(len(data[0]), generator=generator(key.fold("order", epoch)))
             start = place // course.replays * course.batch
             rows = order[start : start + course.batch]
+            x, y, places = (part.to(device) for part in (data[0][rows], data[1][rows], rows))
             with _layers_draw_from(_own(key.fold("layers", run.step), workers), device):
-                _step(run, loss, data[0][rows].to(device), data[1][rows].to(device), against, course, key, run.step / steps, workers)
+                _step(run, loss, x, y, places, against, course, key, run.step / steps, workers)
             record = None
             if run.step % per_epoch == 0:
                 record = _measure(run, held, against, course, seed, time.perf_counter() - started, per_epoch, steps, workers)
@@ -177,7 +179,7 @@ def _check_output(model: nn.Module, data: Pair, held: Pair) -> None:
         raise BadInput(f"model: gives {shape} for one input, labels go up to {most}: scores (B, C) for every class are needed")
 
 
-def _start(model: nn.Module, course: Course, prepare: Prepare | None) -> _Run:
+def _start(model: nn.Module, course: Course, prepare: Prepare | None, count: int) -> _Run:
     if not any(p.requires_grad for p in model.parameters()):
         raise BadInput("model: has no weights that can be trained: give an nn.Module with parameters that require gradients")
     if course.average and team.shared_out(model):
@@ -186,10 +188,12 @@ def _start(model: nn.Module, course: Course, prepare: Prepare | None) -> _Run:
     moving = model if prepare is None else prepare(model)
     shown = moving if average is model else average if prepare is None else prepare(average)
     trained = [p for p in model.parameters() if p.requires_grad]  # behind `prepare`, which may put others in their places
-    return _Run(model, average, moving, shown, course.optimizer(trained, course.rate, course.decay))
+    return _Run(model, average, moving, shown, course.optimizer(trained, course.rate, course.decay), Past(count))
 
 
-def _step(run: _Run, loss: Loss, x: Tensor, y: Tensor, against: Against, course: Course, key: Key, progress: float, workers: Team) -> None:
+def _step(
+    run: _Run, loss: Loss, x: Tensor, y: Tensor, places: Tensor, against: Against, course: Course, key: Key, progress: float, workers: Team
+) -> None:
     """One step of the optimizer on one batch, of which each worker takes its rows."""
     noise = generator(key.fold("noise", run.step))
     if course.augment is not None:
@@ -198,11 +202,12 @@ def _step(run: _Run, loss: Loss, x: Tensor, y: Tensor, against: Against, course:
     for group in run.optimizer.param_groups:
         group["lr"] = course.rate * course.schedule(progress)
     run.optimizer.zero_grad()
-    for chunk, chunk_labels in zip(x.chunk(course.accumulate), y.chunk(course.accumulate), strict=True):
-        part, labels, share = workers.part(chunk), workers.part(chunk_labels), len(chunk) / len(x)
+    for chunk in zip(*(whole.chunk(course.accumulate) for whole in (x, y, places)), strict=True):
+        (part, labels, own), share = (workers.part(whole) for whole in chunk), len(chunk[0]) / len(x)
         radii = torch.full((len(part),), against.radius * grown, dtype=torch.float64, device=x.device)
         with torch.autocast(x.device.type, torch.bfloat16, enabled=course.half):
-            value, logs = loss(run.moving, part, labels, Batch(threat, radii, noise, course.smoothing, run.memory, grown, workers))
+            batch = Batch(threat, radii, noise, course.smoothing, run.memory, grown, workers, own, run.past)
+            value, logs = loss(run.moving, part, labels, batch)
         (share * value).backward()  # type: ignore[no-untyped-call]
         for name, mean in {**logs, "loss": value.detach()}.items():
             run.sums[name] = run.sums.get(name, torch.zeros((), dtype=torch.float64)) + share * mean.double().cpu()
@@ -313,6 +318,7 @@ def _save(run: _Run, folder: Path, name: str, workers: Team) -> None:
         "model": run.model.state_dict(),
         "average": run.average.state_dict() if run.average is not run.model else {},
         "optimizer": checkpoint.optimizer_tensors(run.optimizer),
+        "past": run.past.kept,
         "memory": {entry: workers.joined(value) for entry, value in run.memory.items()},
         "sums": _shared(run.sums, workers, device),
         "best": run.best,
@@ -336,5 +342,6 @@ def _resume(run: _Run, path: Path, name: str, workers: Team) -> None:
     checkpoint.restore_optimizer(run.optimizer, checkpoint.under(tensors, "optimizer"))
     device = next(run.model.parameters()).device
     run.memory.update({entry: workers.part(value).to(device) for entry, value in checkpoint.under(tensors, "memory").items()})
+    run.past.kept.update({entry: value.to(device) for entry, value in checkpoint.under(tensors, "past").items()})
     run.sums, run.best = checkpoint.under(tensors, "sums"), checkpoint.under(tensors, "best")
     run.step, run.history = plain["step"], [Record(**record) for record in plain["history"]]

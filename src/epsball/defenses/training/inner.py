@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from epsball.core import Projects
 from epsball.core.rows import per_sample
 from epsball.defenses.training.batch import Batch, Formula, Logs
+from epsball.defenses.training.one_channel import OneChannel
 
 Objective = Callable[[Tensor, Tensor], Tensor]
 """(z, output) -> (B,) score, higher suits the adversary."""
@@ -52,14 +53,15 @@ def perturb(
 
     Cost: `steps` forwards and backwards per sample.
     """
-    z = start.detach()
+    z, step = start.detach(), per_sample(step, x)
     with still(model), torch.enable_grad():
         for _ in range(steps):
-            leaf = z.requires_grad_()
-            gradient = input_gradient(objective(leaf, model(leaf)), leaf)
+            z.requires_grad_()
+            with OneChannel():
+                output = model(z)
+            gradient = input_gradient(objective(z, output), z)
             with torch.no_grad():
-                z = leaf.detach()
-                z = threat.project(x, z + per_sample(step, x) * threat.steepest(x, z, gradient), radius)
+                z = threat.project(x, z + step * threat.steepest(x, z, gradient), radius)
     return z.detach()
 
 
@@ -96,7 +98,7 @@ class Around:
 
     def __call__(self, x: Tensor, batch: Batch) -> Tensor:
         """A point of the larger ball, inside the box."""
-        radius = self.share * batch.radius
+        radius = batch.radii(self.share)
         z: Tensor = batch.threat.project(x, x + per_sample(radius, x) * (2 * batch.uniform(x) - 1), radius)
         return z
 
@@ -129,7 +131,7 @@ class Search:
     def __call__(self, model: nn.Module, x: Tensor, y: Tensor, batch: Batch) -> Tensor:
         """Adversarial inputs (B, ...), detached. Cost: `steps` forwards and backwards, and what `climb` asks."""
         objective, start = self.climb(model, x, y), self.start(x, batch)
-        return perturb(model, x, objective, batch.threat, self.reach * batch.radius, self.steps, self.share * batch.radius, start)
+        return perturb(model, x, objective, batch.threat, batch.radii(self.reach), self.steps, batch.radii(self.share), start)
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,7 @@ from epsball.defenses.training.pairing import CleanPairing, Squeezing, alp
 from epsball.defenses.training.pgd import fast, n_fgsm, pgd
 from epsball.defenses.training.standard import GaussianNoise, Standard
 from epsball.defenses.training.trades import trades
+from epsball.defenses.training.warm import atta
 from epsball.defenses.training.watch import by_certified, by_clean
 from epsball.errors import BadInput
 
@@ -78,6 +79,7 @@ METHODS: dict[str, Method] = {
         Method("pgd", "arXiv 1706.06083", "cross-entropy at PGD inputs", pgd),
         Method("fast", "arXiv 2001.03994", "one step from a random start", fast),
         Method("n_fgsm", "arXiv 2202.01181", "one step from noise beyond the ball", n_fgsm),
+        Method("atta", "arXiv 1912.11969", "one step an epoch, from where the last one ended", atta),
         Method("grad_align", "arXiv 2007.02617", "FGSM with aligned gradients", grad_align),
         Method("free", "arXiv 1904.12843", "one backward for weights and change, batches replayed", Free, {"replays": 8, "epochs": 4}),
         Method("trades", "arXiv 1901.08573", "clean cross-entropy and KL inside the ball", trades),
