@@ -3,7 +3,7 @@
 Peers run at their defaults where those fit, else with the number of steps cut to the budget. Second rows have settings that suit
 short runs better: AttackBench's, or for C&W and EAD the best of a small grid over rounds, rate and first constant on both normally
 trained networks, without the early abort that leaves budget unspent. Ours run at their registered defaults, `steps` cut alike.
-What one step costs is written beside the steps.
+What one step costs is written beside the steps. Ours with fewer steps still (`_ours_brief`) show what the peers' time is enough for.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Contender:
 
 def contenders() -> list[Contender]:
     """All, ours first."""
-    return [*_ours(), *_adv_lib(), *_foolbox(), *_torchattacks(), *_art(), *_official()]
+    return [*_ours(), *_ours_brief(), *_adv_lib(), *_foolbox(), *_torchattacks(), *_art(), *_official()]
 
 
 def long_contenders() -> list[Contender]:
@@ -57,10 +57,23 @@ def long_contenders() -> list[Contender]:
     return chosen
 
 
-def _ours() -> Iterator[Contender]:
-    def mine(attack: str, label: str, norm: str, same: str = "", /, **options: Any) -> Contender:
-        return Contender("epsball", attack, label, norm, {"threat": norm, **options}, same)
+def mine(attack: str, label: str, norm: str, same: str = "", /, **options: Any) -> Contender:
+    """An attack of ours."""
+    return Contender("epsball", attack, label, norm, {"threat": norm, **options}, same)
 
+
+def _ours_brief() -> Iterator[Contender]:
+    for norm in ("linf", "l2", "l0f"):
+        yield mine("fmn", "FMN 170", norm, "FMN", steps=170)
+    for norm in ("l2", "l1"):
+        yield mine("pdpgd", "PDPGD 185", norm, "PDPGD", steps=185)
+    yield mine("ddn", "DDN 170", "l2", "DDN", steps=170)
+    yield mine("cw_l2", "C&W 4 x 35", "l2", "C&W few rounds", steps=35, rounds=4)
+    yield mine("ead", "EAD 8 x 10", "l1", "EAD", steps=10, rounds=8)
+    yield mine("sigma_zero", "sigma-zero 180", "l0f", "sigma-zero", steps=180)
+
+
+def _ours() -> Iterator[Contender]:
     for norm in P:
         yield mine("smallest", "smallest 190", norm, steps=190)
         yield mine("smallest", "smallest 500 (default)", norm)

@@ -13,6 +13,8 @@ Needs EPSBALL_DATA and the peers' environment (peers.md); a library that is not 
 from __future__ import annotations
 
 import argparse
+import ast
+import functools
 import hashlib
 import json
 import platform
@@ -30,9 +32,11 @@ import epsball as eb
 import nets
 import scores
 from contenders import Contender, contenders, long_contenders
+from epsball.attacks import entries
 from peers import Counting, P, available, distances, reached
 
 HERE = Path(__file__).parent
+PACKAGE = Path(eb.__file__).parent
 CACHE = nets.CACHE / "optimality"
 MODELS = ("mnist-standard", "mnist-robust", "cifar-standard", "cifar-robust")
 BUDGET, LONG = 400, 1000
@@ -121,11 +125,19 @@ def case(name: str, n: int, seed: int) -> Case:
     return Case(name, net, data.x[chosen], data.y[chosen])
 
 
-def source_digest() -> str:
-    """Changes with every change of the package's search code."""
-    source = Path(eb.__file__).parent
-    files = sorted(file for part in ("core", "threats", "objectives", "attacks") for file in (source / part).glob("*.py"))
-    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:12]
+@functools.cache
+def source_digest(attack: str) -> str:
+    """Changes with every change of the code that an attack of ours can reach: its own file, all that it imports, core and threats."""
+    recipe = eb.smallest if attack == "smallest" else entries()[attack].recipe
+    found, todo = set[Path](), {Path(recipe.__code__.co_filename)}
+    todo |= {file for part in ("core", "threats") for file in (PACKAGE / part).glob("*.py")}
+    while todo:
+        file = todo.pop()
+        found.add(file)
+        named = {node.module for node in ast.walk(ast.parse(file.read_text("utf8"))) if isinstance(node, ast.ImportFrom) and node.module}
+        paths = [PACKAGE.parent / name.replace(".", "/") for name in named if name.startswith("epsball.")]
+        todo |= {path for base in paths if (path := base.with_suffix(".py")).is_file() or (path := base / "__init__.py").is_file()} - found
+    return hashlib.sha256(b"".join(file.read_bytes() for file in sorted(found))).hexdigest()[:12]
 
 
 def place(model: str, contender: Contender, version: str, n: int, seed: int, budget: int = BUDGET) -> Path:
@@ -174,7 +186,7 @@ def attacked(contender: Contender, at: Case, budget: int = BUDGET) -> scores.Rec
         seconds=seconds,
         pace=around,
         trouble=trouble,
-        source=source_digest() if contender.library == "epsball" else "",
+        source=source_digest(contender.attack) if contender.library == "epsball" else "",
     )
 
 
@@ -287,7 +299,7 @@ def main() -> None:
     }
     if not records:
         raise SystemExit("nothing has been run with these settings")
-    stale = sorted({c.label for (_, c), r in records.items() if r.source not in ("", source_digest())})
+    stale = sorted({c.label for (_, c), r in records.items() if c.library == "epsball" and r.source != source_digest(c.attack)})
     head = [
         "# Optimality: how close each attack comes to the best known smallest change",
         "",

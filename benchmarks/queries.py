@@ -6,7 +6,7 @@ one run gives queries to the first success inside a radius, and the distance aft
 returns was a query, too. A query beyond the budget does not count.
 
 Attacks and budgets: query_contenders.py; libraries: query_peers.py; tables and curves: query_scores.py. Every run is kept in
-benchmarks/cache/queries under a hash of its settings: `--models`, `--budgets`, `--only TEXT` run a part, `--again` runs it anew,
+benchmarks/cache/queries under a hash of its settings: `--models`, `--budgets`, `--only TEXT ...` run a part, `--again` runs it anew,
 `--tables` runs nothing. Needs EPSBALL_DATA, the peers' environment (peers.md), and for official code EPSBALL_OFFICIAL.
 """
 
@@ -29,9 +29,10 @@ from torch import Tensor, nn
 import nets
 import query_peers
 import query_scores
-from optimality import Case, Spent, Tracker, case, machine, pace, source_digest
+from optimality import Case, Spent, Tracker, case, machine, pace
 from peers import Counting
 from query_contenders import RADII, Contender, contenders
+from query_source import digest
 
 HERE = Path(__file__).parent
 CACHE = nets.CACHE / "queries"
@@ -132,6 +133,7 @@ def groups(contender: Contender, at: Case) -> Iterator[Tensor]:
 def attacked(contender: Contender, at: Case) -> query_scores.Record:
     """One run. What a library had asked before it raised is kept, with the error."""
     steps, spent, seconds, trouble = [], [], 0.0, ""
+    source = digest(contender.attack) if contender.library == "epsball" else ""
     before = pace(at)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -150,7 +152,6 @@ def attacked(contender: Contender, at: Case) -> query_scores.Record:
             ledger, seconds, _ = ask(contender, run, at, torch.arange(contender.n), contender.budget)
             timed = ledger.spent
     table = np.array(steps, dtype=np.float64).reshape(-1, 3)
-    source = source_digest() if contender.library == "epsball" else ""
     return query_scores.Record(table, torch.cat(spent).numpy(), int(timed.sum()), seconds, (before + pace(at)) / 2, trouble, source)
 
 
@@ -178,7 +179,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--models", nargs="+", default=list(RADII), choices=list(RADII))
     parser.add_argument("--budgets", nargs="+", type=int, default=list(BUDGETS), choices=BUDGETS)
-    parser.add_argument("--only", default="", help="only attacks whose library and label contain this")
+    parser.add_argument("--only", nargs="+", default=[""], help="only attacks whose library and label contain one of these")
     parser.add_argument("--again", action="store_true", help="run even what is kept")
     parser.add_argument("--tables", action="store_true", help="run nothing, write the tables")
     return parser.parse_args()
@@ -189,7 +190,8 @@ def run_all(arguments: argparse.Namespace, found: dict[str, str]) -> None:
     CACHE.mkdir(parents=True, exist_ok=True)
     for budget in arguments.budgets:
         for name in arguments.models:
-            todo = [c for c in contenders(name, budget, arguments.n) if c.library in found and arguments.only.lower() in c.name.lower()]
+            wanted = [c for c in contenders(name, budget, arguments.n) if any(text.lower() in c.name.lower() for text in arguments.only)]
+            todo = [c for c in wanted if c.library in found]
             paths = {c: place(name, c, found[c.library], arguments.seed) for c in todo}
             todo = [c for c in todo if arguments.again or not paths[c].exists()]
             at = case(name, arguments.n, arguments.seed) if todo else None
@@ -201,22 +203,25 @@ def run_all(arguments: argparse.Namespace, found: dict[str, str]) -> None:
                 print(f"{name:15} {budget:6} {c.norm:4} {c.name:45} {words}", flush=True)
 
 
+def not_run(missing: list[tuple[str, Contender]]) -> list[str]:
+    """Which rows the tables lack, by network and budget."""
+    places = dict.fromkeys((name, c.budget) for name, c in missing)
+    rows = {at: [f"{c.name} ({c.norm})" for name, c in missing if (name, c.budget) == at] for at in places}
+    return [f"- {name} at {budget:,} queries: {'; '.join(rows[name, budget])}." for name, budget in places]
+
+
 def main() -> None:
     arguments = parsed()
     torch.set_num_threads(1)
     found, missing = query_peers.available()
     if not arguments.tables:
         run_all(arguments, found)
-    records = {
-        (name, c): query_scores.Record.load(path)
-        for budget in BUDGETS
-        for name in RADII
-        for c in contenders(name, budget, arguments.n)
-        if c.library in found and (path := place(name, c, found[c.library], arguments.seed)).exists()
-    }
+    wanted = [(name, c) for budget in BUDGETS for name in RADII for c in contenders(name, budget, arguments.n) if c.library in found]
+    paths = {(name, c): place(name, c, found[c.library], arguments.seed) for name, c in wanted}
+    records = {key: query_scores.Record.load(path) for key, path in paths.items() if path.exists()}
     if not records:
         raise SystemExit("nothing has been run with these settings")
-    stale = sorted({f"{c.label} ({name})" for (name, c), r in records.items() if r.source not in ("", source_digest())})
+    stale = sorted({f"{c.label} ({name}, {c.budget})" for (name, c), r in records.items() if r.source and r.source != digest(c.attack)})
     head = [
         "# Black-box attacks against the peers at equal queries",
         "",
@@ -228,7 +233,7 @@ def main() -> None:
         *missing,
         *([f"Recorded with an earlier state of the package's source: {', '.join(stale)}."] if stale else []),
     ]
-    query_scores.write(HERE / "results", head, records)
+    query_scores.write(HERE / "results", head, records, not_run([key for key in wanted if key not in records]))
 
 
 if __name__ == "__main__":

@@ -80,7 +80,7 @@ def _n(model: str, c: Contender) -> int:
     """Samples a row: fewer where a query or a run is dear. `alone` and those compared with them ask one by one."""
     single = c.alone or c.kind == "distance"
     if c.budget > 1000:
-        return 10 if c.same == "ZOO" or (single and model != "mnist-standard") else 20
+        return 10 if c.same == "ZOO" or model.startswith("cifar") or (single and model != "mnist-standard") else 20
     return 20 if c.budget > 100 and (c.same == "ZOO" or (single and model.startswith("cifar"))) else 50
 
 

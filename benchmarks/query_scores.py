@@ -221,8 +221,8 @@ def distance_table(records: dict[Contender, Record]) -> list[str]:
     return lines
 
 
-def write(folder: Path, head: list[str], records: Records) -> None:
-    """queries.md and a picture of curves for each threat."""
+def write(folder: Path, head: list[str], records: Records, missing: list[str]) -> None:
+    """queries.md and a picture of curves for each threat; `missing` says which rows were not run."""
     made = pairs(records)
     raised = sorted({f"{c.name} ({name}, {c.norm}): {r.trouble}" for (name, c), r in records.items() if r.trouble})
     text = [*head, *([f"Raised: {'; '.join(raised)}."] if raised else []), *NOTES]
@@ -244,6 +244,9 @@ def write(folder: Path, head: list[str], records: Records) -> None:
                 text += ["", f"### {model}, smallest distance", "", *distance_table(groups[1])]
     text += descent_section(folder, {c: r for (name, c), r in records.items() if name == "mnist-standard" and c.budget == MOST})
     text += ["", "## All pairs", "", *pair_table(made)]
+    if missing:
+        text += ["", "## Rows that were not run", "", "For want of time; the command above, which keeps what is there, runs them.", ""]
+        text += missing
     folder.mkdir(exist_ok=True)
     (folder / "queries.md").write_text("\n".join(text) + "\n", encoding="utf8")
 

@@ -127,9 +127,14 @@ class Pair:
     seconds: float
 
     @property
+    def farther(self) -> bool:
+        """By more than 1 %, or fewer samples."""
+        return self.median > 1.01 or self.mean > 1.01 or self.reached[0] < self.reached[1]
+
+    @property
     def behind(self) -> bool:
-        """More than 1 % farther, or fewer samples, or slower."""
-        return self.median > 1.01 or self.mean > 1.01 or self.reached[0] < self.reached[1] or self.seconds > 1
+        """Farther or slower."""
+        return self.farther or self.seconds > 1
 
 
 def pairs(records: Records, models: Sequence[str]) -> list[Pair]:
@@ -172,6 +177,24 @@ def pair_table(made: Sequence[Pair]) -> list[str]:
         shares = f"{100 * p.optimality[0]:.1f} / {100 * p.optimality[1]:.1f} | {100 * p.reached[0]:.0f} / {100 * p.reached[1]:.0f}"
         seconds = f"**{p.seconds:.2f}**" if p.seconds > 1 else f"{p.seconds:.2f}"
         lines.append(f"| {p.model} | {p.ours.norm} | {p.ours.label} | {p.peer.name} | {median} | {mean} | {shares} | {seconds} |")
+    return lines
+
+
+def tally(made: Sequence[Pair]) -> list[str]:
+    """Of how many rows of peers some setting of ours, of the same name, is behind in nothing; and the other rows, by name."""
+    rows: dict[tuple[str, str, str], list[Pair]] = {}
+    for p in made:
+        rows.setdefault((p.model, p.ours.norm, p.peer.name), []).append(p)
+    farther = {key: all(p.farther for p in group) for key, group in rows.items()}
+    left = [key for key, group in rows.items() if all(p.behind for p in group)]
+    lines = [
+        f"Rows of peers: {len(rows)}. In {len(rows) - sum(farther.values())} a setting of ours is at most 1 % farther and reaches as "
+        f"many; in {len(rows) - len(left)} one is that and faster as well. The others:"
+    ]
+    for key in left:
+        p = min(rows[key], key=lambda p: (p.farther, p.seconds))
+        why = f"median {p.median:.3f}, mean {p.mean:.3f}, reached {p.reached[0]:.2f} / {p.reached[1]:.2f}, CPU {p.seconds:.2f}"
+        lines.append(f"- {', '.join(key)}: {p.ours.label}: {why}")
     return lines
 
 
@@ -240,7 +263,7 @@ def write(folder: Path, head: list[str], records: Records, models: Sequence[str]
         if any(c.norm == norm for _, c in records):
             text += ["", f"## {title}: global optimality", "", *global_table(records, models, norm)]
             text += ["", f"![Robust accuracy against radius]({curves(folder, records, models, norm).name})"]
-    text += ["", "## Same names: ours over the peer's", "", *pair_table(made)]
+    text += ["", "## Same names: ours over the peer's", "", *tally(made), "", *pair_table(made)]
     for model in models:
         for norm, title in NORMS.items():
             if here := _of(records, model, norm):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import epsball as eb
-from epsball.attacks import hop_skip_jump, rays
+from epsball.attacks import di_fgsm, ensemble, hop_skip_jump, mi_fgsm, rays, transferred
 from epsball.attacks.blackbox import ENOUGH, first_success, searches
 from epsball.core import Access, Projects, Tally, Victim
 from epsball.errors import BadInput
@@ -183,3 +183,28 @@ def test_clean_answers_that_are_known_are_not_asked_again() -> None:
     clean = Victim(load("digits-standard")).outputs(x, Tally.zeros(6))
     outcome = eb.blackbox(30, threat=shielded("linf"))(Victim(model, access=Access.SCORES), x, labels, 0.001, clean=clean)
     assert model.asked.tolist() == outcome.queries.tolist() == [29] * 6
+
+
+@BOTH
+@pytest.mark.parametrize("threat", ["linf", "l2", "l1", "l0"])
+def test_what_carries_over_from_surrogates_costs_one_query_and_the_rest_is_searched(threat: str, access: Access) -> None:
+    """The victim sees one row of each sample that the surrogates break for it, and the whole search of the others."""
+    x, labels = marked(8)
+    model, both = Rows(load("digits-standard"), 8), ensemble([load("digits-robust"), load("digits-standard")])
+    radius = RADII[threat]
+    carried = transferred(both, (di_fgsm if threat in ("linf", "l2") else mi_fgsm)(threat=shielded(threat)))
+    broken = carried(load("digits-standard"), x, labels, radius).reached
+    assert 0 < int(broken.sum()) < 8
+    for budget in (2, 3, 30):
+        model.asked.zero_()
+        outcome = eb.blackbox(budget, shielded(threat), both)(Victim(model, access=access), x, labels, radius)
+        assert torch.equal(model.asked, outcome.queries)
+        assert outcome.queries[broken].tolist() == [2] * int(broken.sum())
+        assert bool(outcome.reached[broken].all())
+        assert int(outcome.queries.max()) <= budget
+        alone = (
+            eb.blackbox(budget - 1, shielded(threat))(Victim(load("digits-standard"), access=access), x, labels, radius)
+            if budget > 2
+            else None
+        )
+        assert torch.equal(outcome.reached, broken if alone is None else broken | alone.reached)

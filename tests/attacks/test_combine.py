@@ -115,6 +115,15 @@ def test_restarts_have_keys_of_their_own_and_the_first_is_the_plain_run() -> Non
     assert len(set(keys)) == 3
 
 
+def test_restarts_go_on_where_others_ended() -> None:
+    """Runs 1 and 2 of three are the same whether run 0 is among them or was made before."""
+    whole: list[Any] = []
+    rest: list[Any] = []
+    Restarts(Fake(((),), whole), 3)(model, X, LABELS, 0.1, 5)
+    Restarts(Fake(((),), rest), 2, first=1)(model, X, LABELS, 0.1, 5)
+    assert [seed for _, _, seed, _ in rest] == [seed for _, _, seed, _ in whole[1:]]
+
+
 def test_every_target_goes_through_the_classes_in_order() -> None:
     log: list[Any] = []
     EveryTarget(Fake(((0.2,), ()), log), 9, by_logit)(model, X, LABELS, 0.1)

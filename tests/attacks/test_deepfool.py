@@ -131,7 +131,7 @@ def test_digits_against_the_best_search(model: str) -> None:
     right = net(data.x).argmax(1) == data.y
     x, y = data.x[right], data.y[right]
     best = bisection("l2", steps=20, rounds=6)(net, x, y, None).size.median()
-    plain, turned = (get(name)(net, x, y, torch.inf) for name in ("deepfool", "superdeepfool"))
+    plain, turned = (get(name, candidates=5)(net, x, y, torch.inf) for name in ("deepfool", "superdeepfool"))
     assert bool(plain.reached.all() & turned.reached.all())
     assert float(plain.size.median() / best) < 1.7
     assert float(turned.size.median() / best) < 1.3

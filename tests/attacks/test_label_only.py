@@ -24,6 +24,7 @@ from epsball.core import Access, Targeted, Victim
 from epsball.core.rule import normalized
 from epsball.errors import BadInput
 from epsball.models.digits import load
+from epsball.models.sklearn import Estimator
 from epsball.threats import L2, Linf, named
 from epsball.threats.lp import Room
 
@@ -139,6 +140,42 @@ def test_scores_do_not_matter_and_nothing_goes_back(name: str, norm: str) -> Non
     assert torch.equal(soft.x_adv, labels_only.x_adv)
     assert torch.equal(soft.queries, labels_only.queries)
     assert bool(soft.reached.all())
+
+
+class Predicts:
+    """A classifier as scikit-learn has them, of which only the predicted class can be had."""
+
+    def __init__(self, net: nn.Module, classes: int) -> None:
+        self.net, self.classes_, self.rows = net, list(range(classes)), 0
+
+    def predict(self, rows: Any) -> Any:
+        self.rows += len(rows)
+        return self.net(tensor(rows).double()).argmax(1).numpy()
+
+    def predict_proba(self, rows: Any) -> Any:
+        raise AssertionError("scores were asked for")
+
+    decision_function = predict_proba
+
+
+@pytest.mark.parametrize(
+    ("name", "threat"),
+    [(name, threat) for name, e in eb.attacks.entries().items() if e.access is Access.LABELS for threat in e.threats[:2]],
+)
+@pytest.mark.parametrize("targeted", [False, True])
+def test_every_label_only_attack_works_where_scores_raise(name: str, threat: str, targeted: bool) -> None:
+    """All that are registered so, against an estimator whose scores raise and which has nothing to go back through."""
+    b = bench(4, n=5, wrong=1, threat=threat)
+    shy = Predicts(b.model, 4)
+    estimator = Estimator(shy)
+    estimator.method = "predict"
+    attack = get(name, threat=threat, **({"budget": 60} if name == "blackbox" else {"steps": 60} if name != "noise" else {}))
+    outcome = attack(Victim(estimator, access=Access.LABELS), b.x, b.goal(targeted), 1.0)
+    assert int(outcome.queries.sum()) == shy.rows
+    assert int(outcome.backwards.sum()) == 0
+    again = attack(Victim(b.model, access=Access.LABELS), b.x, b.goal(targeted), 1.0)
+    assert torch.equal(outcome.reached, again.reached)
+    assert torch.equal(outcome.x_adv, again.x_adv)
 
 
 @every_attack

@@ -18,6 +18,7 @@ import epsball as eb
 from epsball.attacks import Nes, Spsa, get, nes, spsa, square
 from epsball.attacks.loc_search import LocalSearch, OutOfTop
 from epsball.attacks.one_pixel import Evolution
+from epsball.attacks.patch_search import Painted, _shown
 from epsball.attacks.random_search import schedule
 from epsball.attacks.simba import Waves, cosines
 from epsball.attacks.sparse_rs import part
@@ -26,7 +27,7 @@ from epsball.core import Access, Attack, Goal, Targeted, Untargeted, Victim, aut
 from epsball.errors import AccessDenied, BadInput
 from epsball.models.digits import load
 from epsball.objectives import cross_entropy, margin
-from epsball.threats import L0, L2, Linf, named
+from epsball.threats import L0, L2, Linf, Patch, named
 from epsball.threats.lp import Room
 
 FOLDER = Path(__file__).parents[1] / "reference"
@@ -247,6 +248,40 @@ def test_zoo_s_grids_run_from_coarse_to_fine() -> None:
     assert min(widest[:2]) > 40  # a cell of 4 x 4 pixels reaches 8 x 8
     assert max(widest[2:]) <= 16  # a cell of 2 x 2 pixels reaches 4 x 4
     assert all(int(change.flatten(2).amax(2).gt(1e-3).sum(1).max()) == 1 for change in probes)  # one channel each
+
+
+def test_sparse_rs_finds_the_best_patch_of_a_linear_model() -> None:
+    """Nearly what the best window is worth with each feature at the end of the box that its weight wants, and never more."""
+    weights, x = tensor(rng(8).standard_normal((2, 7, 6))), tensor(rng(9).random((4, 2, 7, 6)))
+    gain = torch.maximum(weights * (1 - x), -weights * x).sum(1, keepdim=True)
+    windows = torch.nn.functional.avg_pool2d(gain, 3, stride=1) * 9
+    best = windows.flatten(1).amax(1).double()
+    offset = (x * weights).flatten(1).sum(1).double()
+    labels = torch.zeros(4, dtype=torch.int64)
+    for share, wanted in ((0.85, True), (1.001, False)):
+
+        def model(z: Tensor, share: float = share) -> Tensor:
+            """Class 1 above a share of what the best patch gains; asked about all samples at once."""
+            return torch.stack([offset + share * best, (z * weights).flatten(1).sum(1).double()], 1)
+
+        outcome = get("sparse_rs", threat="patch", steps=1500)(Victim(model, access=Access.SCORES), x, labels, 3.0, drop=False)
+        assert outcome.reached.tolist() == [wanted] * 4
+        assert float(outcome.size.max()) <= 3
+        moved = outcome.x_adv[outcome.x_adv != x]
+        assert bool(((moved == 0) | (moved == 1)).all())
+
+
+def test_patches_of_sparse_rs_lie_where_they_are_put() -> None:
+    x = tensor(rng(9).random((3, 2, 5, 6)))
+    radius, labels = torch.tensor([1.0, 2, 9], dtype=torch.float64), torch.zeros(3, dtype=torch.int64)
+    problem = posed(lambda z: z.flatten(1)[:, :2], x, labels, threat=Patch(), radius=radius)
+    up = tensor(rng(10).random((3, 2, 5, 6))) < 0.5
+    z = _shown(problem, Painted(up, torch.tensor([[4, 5], [1, 3], [0, 0]])))
+    expected = x.clone()
+    expected[0, :, 4, 5] = up[0, :, 0, 0].float()
+    expected[1, :, 1:3, 3:5] = up[1, :, :2, :2].float()
+    expected[2] = up[2].float()
+    assert torch.equal(z, expected)
 
 
 def test_local_search_finds_the_best_features_of_a_linear_model() -> None:

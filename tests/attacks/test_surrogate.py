@@ -9,7 +9,7 @@ import torch
 from lawkit import bench, check_legal, check_replay, check_same, linear, mlp, rng, rows_of, tensor
 from torch import Tensor, nn
 
-from epsball.attacks import Surrogate, fit_surrogate, get, transferred
+from epsball.attacks import Surrogate, ensemble, fit_surrogate, get, transferred
 from epsball.core import Access, Targeted, Victim
 from epsball.errors import BadInput
 from epsball.threats import named
@@ -100,9 +100,12 @@ def perfect(net: nn.Module) -> Surrogate:
 
 @pytest.mark.parametrize("recipe", ["mi_fgsm", "di_fgsm", "ti_fgsm", "pgd"])
 @pytest.mark.parametrize("targeted", [False, True])
-def test_one_question_per_sample_whatever_the_batch(recipe: str, targeted: bool) -> None:
+@pytest.mark.parametrize("seeds", [(3,), (3, 5, 8)])
+def test_one_question_per_sample_whatever_the_batch(recipe: str, targeted: bool, seeds: tuple[int, ...]) -> None:
+    """On one surrogate, and on several as one."""
     b = bench(4, n=8, wrong=2)
-    goal, attack = b.goal(targeted), transferred(perfect(mlp(18, 4, seed=3)), get(recipe, steps=4))
+    nets = [mlp(18, 4, seed=seed) for seed in seeds]
+    goal, attack = b.goal(targeted), transferred(perfect(nets[0]) if len(nets) == 1 else ensemble(nets), get(recipe, steps=4))
     seen = Seen(b.model)
     whole = attack(Victim(seen, access=Access.LABELS), b.x, goal, 0.3)
     begun = goal.reached(b.model(b.x.double()))

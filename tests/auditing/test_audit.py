@@ -13,6 +13,7 @@ from planted import BinaryLinear, blobs, digits, linear, unusual, verdicts
 from torch import Tensor, nn
 
 import epsball as eb
+from epsball.attacks import Restarts
 from epsball.auditing.cascade import Tick, cascade
 from epsball.auditing.checks import Scene, losses_agree
 from epsball.auditing.cost import Estimate
@@ -400,15 +401,30 @@ def test_the_users_victim_keeps_its_name_and_batch_size(tmp_path: Path) -> None:
     assert (victim.name, victim.batch_size) == ("mine", None)
 
 
+@pytest.mark.parametrize("norm", ["linf", "l2", "l1"])
+def test_who_came_near_is_searched_longer_and_from_other_starts(norm: str) -> None:
+    stages = plan(named(norm), "default", classes=10, single_label=True, gradients=True)
+    shares = [stage.near for stage in stages]
+    assert shares == sorted(shares, reverse=True)
+    assert shares[0] == 1.0
+    first, more = stages[-2].attack, stages[-1].attack
+    assert isinstance(first, Restarts)
+    assert isinstance(more, Restarts)
+    assert repr(first.attack) == repr(more.attack)
+    assert (first.first or 0) + first.count == more.first
+
+
 # Honest models, on enough samples for the checks to have their say.
 
 
 @pytest.mark.slow
+@pytest.mark.doubt
 @pytest.mark.parametrize("name", ["digits-standard", "digits-robust"])
 def test_honest_models_are_trusted_under_every_threat(name: str, tmp_path: Path) -> None:
     threats = ("linf:0.02,0.1,0.3", "l2:0.25,1", "l1:1,4", "l0:2,8", "l0f:4")
     report = audited(tmp_path, model=name, data=digits(200), threats=threats, effort="default")
-    assert [f.id for r in report.models[0].results for f in r.flags] == []
+    told = [(r.threat, r.radius_text, f.id) for r in report.models[0].results for f in r.flags if f.severity != "info"]
+    assert [one for one in told if one[2] != "effort"] == []  # which says that a search was loose: no fault of the model
     assert all(r.trustworthy for r in report.models[0].results)
 
 

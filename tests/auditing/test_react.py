@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,8 @@ import epsball as eb
 from epsball.auditing import run
 from epsball.auditing.canaries import Planted, cases, misjudged
 from epsball.auditing.cascade import attack_round, stages_of
+from epsball.auditing.checks import Scene
+from epsball.auditing.checks.binarize import planted_inputs_are_found
 from epsball.auditing.preflight import look
 from epsball.auditing.react import ALIKE, After, alike
 from epsball.auditing.referee import Referee
@@ -81,6 +84,44 @@ def test_what_breaks_only_beyond_its_own_gradients_is_said(tmp_path: Path) -> No
     beyond = sum(a.broken for a in result.attacks if a.name in ("near_0.25", "near_1", "square"))
     assert beyond > 0
     assert str(beyond) in {f.id: f.message for f in result.flags}["masked"]
+
+
+def prepared(change: Callable[[nn.Module, Tensor], Tensor], effort: str = "fast") -> tuple[Sheet, Referee]:
+    data = digits(64)
+    subject = Subject(eb.wrap(Around(change)), data.x, data.y, data.indices, "digits", {})
+    return prepare(subject, Plan((parse_threat("linf:0.1"),), effort))
+
+
+@pytest.mark.parametrize("name", ["rounded", "without gradient", "random"])
+def test_features_are_looked_at_as_scores_are(name: str) -> None:
+    """Planted inputs behind a step without a gradient are found through it: no block is raised, and gradients were taken."""
+    sheet, referee = prepared(HIDDEN[name][0])
+    scene = Scene(sheet, referee, sheet.rounds[0], 0, sheet.sight.victim)
+    assert [*planted_inputs_are_found(scene)] == []
+    searches = [row for row in sheet.rounds[0].attacks if row.name == "check: planted inputs: search"]
+    assert all(row.backwards > 0 for row in searches)
+    assert searches or name == "random"
+
+
+def test_a_twins_search_goes_on_whoever_came_near() -> None:
+    sheet, _ = prepared(HIDDEN["rounded"][0], "default")
+    own, more = (
+        stages_of(replace(sheet, sight=sight), sheet.rounds[0], "default") for sight in (replace(sheet.sight, hidden=()), sheet.sight)
+    )
+    known = {repr(s.attack) for s in own}
+    added = [s for s in more if repr(s.attack) not in known]
+    assert [s.attack.name for s in added] == ["apgd_t", "apgd"]
+    assert all(s.near == 1.0 and s.victim is sheet.sight.victim for s in added)
+
+
+def test_random_models_are_climbed_on_means_and_never_dropped() -> None:
+    sheet, _ = prepared(HIDDEN["random"][0])
+    stages = stages_of(sheet, sheet.rounds[0], "fast")
+    assert [(s.attack.name, s.rows, s.victim.draws if s.victim else 1, s.keep) for s in stages] == [
+        ("eot", 50, 5, True),
+        ("eot", 50, 5, True),
+        ("eot", 150, 15, True),
+    ]
 
 
 class Coin(nn.Module):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from epsball.attacks import pgd
-from epsball.core import Near, Tally, Untargeted, Victim, autograd
+from epsball.core import Fading, Near, Tally, Untargeted, Victim, autograd
 from epsball.core.attack import pose
 from epsball.core.problem import Problem
 from epsball.core.random import Key
@@ -106,3 +106,15 @@ def test_neighbors_differ_from_look_to_look_but_not_from_batch_to_batch() -> Non
         alone = Near(4)(part, part.x).gradient
     assert not torch.allclose(first, second)
     assert torch.allclose(alone, first[[4, 1]], atol=1e-6)
+
+
+def test_a_fading_step_falls_along_half_a_cosine() -> None:
+    posed = problem(Victim(Shaking()), torch.rand(2, 2), radius=0.2)
+    size, reading = Fading(0.5), autograd(posed, posed.x)
+    control, steps = size.start(posed, posed.x, 4), []
+    for _ in range(4):
+        step, z, gradient, control = size.next(posed, reading, control)
+        assert z is reading.z
+        assert gradient is reading.gradient
+        steps.append(float(step[0]))
+    assert steps == pytest.approx([0.1, 0.05 * (1 + 0.5**0.5), 0.05, 0.05 * (1 - 0.5**0.5)])

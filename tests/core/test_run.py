@@ -11,10 +11,10 @@ from lawkit import answers, bench, posed
 from torch import Tensor
 
 from epsball.attacks import entries, pgd
-from epsball.core import Attack, Descent, Key, OfRadius, Problem, Reading, Untargeted, as_goal, run
+from epsball.core import Attack, Descent, Key, OfRadius, Problem, Reading, Untargeted, as_goal, run, valid
 from epsball.core.rows import concatenate, take
 from epsball.objectives import margin
-from epsball.threats import Linf
+from epsball.threats import L1, L2, Linf
 
 X = torch.full((3, 2), 0.5)
 LABELS = torch.zeros(3, dtype=torch.int64)
@@ -176,6 +176,25 @@ def test_a_score_that_is_nan_is_never_best() -> None:
     assert torch.allclose(found.x_adv[:, 0], torch.tensor(0.52))
     hit = Attack("scripted", Linf(), nanny, Scripted(path + 0.05), 2)(ramp, X, LABELS, 0.2)
     assert bool(hit.reached.all()), "success is judged on the answer, not on the score"
+
+
+def test_an_answer_is_valid_unless_a_score_is_nan_or_infinite() -> None:
+    huge = torch.full((1, 3), 3e38)  # finite, though its sum is not
+    wild = torch.tensor([[0.0, torch.nan, 1.0], [torch.inf, -torch.inf, 0.0], [0.0, 1.0, 2.0]])
+    assert valid(torch.cat([huge, wild])).tolist() == [True, False, False, True]
+    assert valid(huge).tolist() == [True]
+    assert valid(wild[2:]).tolist() == [True]
+
+
+@pytest.mark.parametrize(("threat", "sizes"), [(Linf(), (0.5, 0.75)), (L2(), (0.5, 0.75)), (L1(), (0.5, 0.75))])
+def test_a_size_is_measured_again_after_a_change_in_place(threat: Any, sizes: tuple[float, float]) -> None:
+    x = torch.zeros(1, 4)
+    z = x.clone()
+    for size in sizes:
+        z[0, 1] = size
+        assert threat.size(x, z).tolist() == [size]
+        assert threat.size(x, z).tolist() == [size]
+    assert threat.size(z.clone(), z).tolist() == [0.0]
 
 
 def test_run_reports_only_its_own_rows() -> None:

@@ -348,31 +348,63 @@ class First(nn.Module):
         return x[:, 0]
 
 
-class Attention(nn.Module):
-    def __init__(self, width, heads):
+class Inverted(nn.Module):
+    """MobileNetV3's block: wide, depthwise, squeezed and excited, narrow."""
+
+    def __init__(self, n):
         super().__init__()
-        self.heads, self.norm = heads, nn.LayerNorm(width)
+        self.wide = nn.Sequential(nn.Conv2d(n, 2 * n, 1, bias=False), nn.BatchNorm2d(2 * n), nn.Hardswish())
+        self.deep = nn.Sequential(nn.Conv2d(2 * n, 2 * n, 3, padding=1, groups=2 * n, bias=False), nn.BatchNorm2d(2 * n), nn.ReLU6())
+        squeezed = nn.AdaptiveAvgPool2d(1), nn.Conv2d(2 * n, 4, 1), nn.ReLU(), nn.Conv2d(4, 2 * n, 1)
+        self.share, self.narrow = nn.Sequential(*squeezed, nn.Hardsigmoid()), nn.Sequential(nn.Conv2d(2 * n, n, 1), nn.BatchNorm2d(n))
+
+    def forward(self, x):
+        y = self.deep(self.wide(x))
+        return x + self.narrow(y * self.share(y))
+
+
+class Next(nn.Module):
+    """ConvNeXt's block: depthwise 7 x 7, channels last, layer norm, two linear layers, layer scale."""
+
+    def __init__(self, n):
+        super().__init__()
+        self.conv, self.scale = nn.Conv2d(n, n, 7, padding=3, groups=n), nn.Parameter(torch.full((n, 1, 1), 0.5))
+        self.mlp = nn.Sequential(nn.LayerNorm(n, eps=1e-6), nn.Linear(n, 4 * n), nn.GELU(), nn.Linear(4 * n, n))
+
+    def forward(self, x):
+        return x + self.scale * self.mlp(self.conv(x).permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+class Attention(nn.Module):
+    def __init__(self, width, heads, plain=False):
+        super().__init__()
+        self.heads, self.plain, self.norm = heads, plain, nn.LayerNorm(width)
         self.mix, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
         self.mlp = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width))
 
     def forward(self, x):
         b, n, width = x.shape
         q, k, v = self.mix(self.norm(x)).reshape(b, n, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4)
-        x = x + self.out(nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(b, n, width))
+        if self.plain:
+            seen = torch.softmax(q @ k.transpose(-2, -1) / (width // self.heads) ** 0.5, -1) @ v
+        else:
+            seen = nn.functional.scaled_dot_product_attention(q, k, v)
+        x = x + self.out(seen.transpose(1, 2).reshape(b, n, width))
         return x + self.mlp(x)
 
 
-def nets():
+def nets(plain=False):
     torch.manual_seed(0)
-    mobile = [nn.Conv2d(1, 8, 3, 2, 1), nn.BatchNorm2d(8), nn.ReLU6(), nn.Conv2d(8, 8, 3, 1, 1, groups=8), nn.Hardswish()]
+    mobile = [nn.Conv2d(1, 8, 3, 2, 1), nn.BatchNorm2d(8), nn.Hardswish(), Inverted(8), Inverted(8)]
+    wide = [nn.Conv2d(1, 8, 2, 2), nn.GroupNorm(1, 8), Next(8), nn.Conv2d(8, 16, 2, 2), Next(16)]
     flat = [nn.AdaptiveAvgPool2d(1), nn.Flatten()]
     return {
         "mlp": nn.Sequential(nn.Flatten(), nn.Linear(64, 16), nn.Tanh(), nn.Linear(16, 16), nn.SiLU(), nn.Linear(16, 4)),
         "cnn": nn.Sequential(nn.Conv2d(1, 4, 3), nn.LeakyReLU(), nn.AvgPool2d(2), nn.Dropout(), nn.Flatten(), nn.Linear(36, 4)),
         "resnet": nn.Sequential(nn.Conv2d(1, 6, 3, padding=1), Block(6), Block(6), *flat, nn.Linear(6, 4)),
-        "mobilenet": nn.Sequential(*mobile, *flat, nn.Linear(8, 4), nn.Hardsigmoid()),
-        "convnext": nn.Sequential(nn.Conv2d(1, 8, 2, 2), nn.GroupNorm(1, 8), nn.Conv2d(8, 16, 1), nn.GELU(), *flat, nn.Linear(16, 4)),
-        "vit": nn.Sequential(Patches(4, 8), Attention(8, 2), Attention(8, 2), First(), nn.LayerNorm(8), nn.Linear(8, 4)),
+        "mobilenet": nn.Sequential(*mobile, *flat, nn.Linear(8, 16), nn.Hardswish(), nn.Linear(16, 4)),
+        "convnext": nn.Sequential(*wide, *flat, nn.LayerNorm(16), nn.Linear(16, 4)),
+        "vit": nn.Sequential(Patches(4, 8), Attention(8, 2, plain), Attention(8, 2, plain), First(), nn.LayerNorm(8), nn.Linear(8, 4)),
         "up": nn.Sequential(nn.Upsample(scale_factor=2, mode="bilinear"), nn.ConvTranspose2d(1, 2, 3, 2), nn.Flatten(), nn.LazyLinear(4)),
     }
 
@@ -388,16 +420,15 @@ def export(net, path, *, opset=17, batch=2, dynamic=True):
     return path
 
 
-@pytest.mark.parametrize("opset", [9, 12, 17, 20])
-@pytest.mark.parametrize("name", list(nets()))
+FIRST_SET = {"convnext": 9, "vit": 9, "up": 11}  # before: no Erf, no Expand, an Upsample of other coordinates
+
+
+@pytest.mark.parametrize(
+    ("name", "opset"), [(n, o) for n in nets() for o in (7, 8, 9, 10, 11, 12, 13, 14, 17, 20) if o >= FIRST_SET.get(n, 7)]
+)
 def test_exported_networks(name, opset, tmp_path):
-    if name == "vit" and opset < 14:
-        pytest.skip("the exporter knows no attention there")
-    if (name, opset) == ("up", 9):
-        pytest.skip("Upsample has no such coordinates: the exporter's file is another model than torch's")
-    if name == "mobilenet" and opset < 14:
-        opset = 14
-    net = nets()[name]
+    """From the first set of operators that the exporter can write each of them in; attention is spelled out where it is none yet."""
+    net = nets(plain=opset < 14)[name]
     model, notes = load_model(str(export(net, tmp_path / "m.onnx", opset=opset)), mean=0.4, std=0.5)
     assert model.access is Access.GRADIENT, notes
     for batch in (1, 5):

@@ -11,12 +11,15 @@ from torch import Tensor
 from epsball.attacks.combine import Cascade, Restarts, opened
 from epsball.attacks.hop_skip_jump import hop_skip_jump
 from epsball.attacks.noise import noise
+from epsball.attacks.pgd import mi_fgsm
 from epsball.attacks.rays import rays
 from epsball.attacks.registry import EVERY, register
 from epsball.attacks.simba import simba
 from epsball.attacks.sparse_rs import sparse_rs
 from epsball.attacks.spatial import rotation_translation
 from epsball.attacks.square import square
+from epsball.attacks.surrogate import Surrogate, transferred
+from epsball.attacks.transfer import di_fgsm
 from epsball.core import Attack, AttackLike, Goal, Key, Model, Outcome, Problem, Projects, Reading, Victim, Watch
 from epsball.core.attack import recipe
 from epsball.core.descent import Strategy
@@ -36,7 +39,7 @@ _EDGE = 1e6  # a step of SimBA that ends at the edge of any ball
     threats=EVERY,
     cost="at most budget forwards, the clean answer included",
 )
-def blackbox(budget: int = 1000, threat: Projects | None = None) -> BlackBox:
+def blackbox(budget: int = 1000, threat: Projects | None = None, surrogate: Surrogate | Model | None = None) -> BlackBox:
     """The searches without gradients that break most per query, in turn, each on the samples that still stand.
 
     What runs hangs on what the victim shows; of a victim with gradients only scores are asked.
@@ -50,8 +53,13 @@ def blackbox(budget: int = 1000, threat: Projects | None = None) -> BlackBox:
     | rigid | an even grid, as fine as the budget allows | the same |
     | others | random points of the ball | the same |
 
+    A surrogate is attacked before all of these, by DI-FGSM under Linf and L2, else by MI-FGSM: the victim is asked once whether
+    that carried over, and the searches above run only where it did not.
+
     Args:
         budget: queries per sample, the clean answer included; never exceeded. threat: any; Linf unless given.
+        surrogate: of `fit_surrogate`, whose own queries come on top once, or any model with gradients in the victim's box, as `ensemble`
+        makes of several.
 
     Returns:
         The attack; its name is `blackbox`. A sample is not asked about any more once it is broken.
@@ -66,7 +74,9 @@ def blackbox(budget: int = 1000, threat: Projects | None = None) -> BlackBox:
     """
     if budget < 2:
         raise BadInput(f"budget: {budget}: must be 2 or more queries per sample, for the clean answer is one")
-    return BlackBox(threat or Linf(), budget)
+    threat = threat or Linf()
+    follow = di_fgsm if isinstance(threat, Linf | L2) else mi_fgsm
+    return BlackBox(threat, budget, None if surrogate is None else transferred(surrogate, follow(threat=threat)))
 
 
 @dataclass(frozen=True)
@@ -154,6 +164,7 @@ class BlackBox:
 
     threat: Projects
     budget: int
+    first: Attack | None = None
     name: str = "blackbox"
 
     def __call__(
@@ -171,9 +182,18 @@ class BlackBox:
         """As `Attack.__call__`."""
         with Victim.of(model) as victim:
             case = opened(victim, x, goal, radius, clean)
-            parts = Cascade(tuple(s.attack for s in searches(self.threat, victim.access, self.budget - 1)), self.name)
+            parts = Cascade(tuple(share.attack for share in self._shares(victim.access)), self.name)
             outcome = parts(victim, case.x, case.goal, case.radius, seed, clean=case.clean, drop=drop, watch=watch)
         return replace(outcome, queries=outcome.queries + case.queries)
+
+    def _shares(self, access: Access) -> Iterator[Share]:
+        """What carries over from a surrogate, one query; then searches for the rest of the budget."""
+        left = self.budget - 1
+        if self.first is not None:
+            yield Share(self.first, 1)
+            left -= 1
+        if left:
+            yield from searches(self.threat, access, left)
 
     def __repr__(self) -> str:
         return recipe(self)

@@ -96,10 +96,14 @@ def _union(case: Case, threat: Projects, stages: list[Stage], steps: int, drop: 
 
 @dataclass(frozen=True, repr=False)
 class Restarts:
-    """`count` runs of one attack, each with fresh noise, on the samples that still stand. More never lose a success."""
+    """`count` runs of one attack, each with fresh noise, on the samples that still stand. More never lose a success.
+
+    `first` is the number of the first run: to go on where others, of that many runs, have ended.
+    """
 
     attack: AttackLike
     count: int
+    first: int | None = None
 
     @property
     def name(self) -> str:
@@ -131,7 +135,9 @@ class Restarts:
 
         with Victim.of(model) as victim:
             case = opened(victim, x, goal, radius, clean)
-            return _union(case, self.threat.within(case.victim.box), [stage(number) for number in range(self.count)], self.count, drop)
+            first = self.first or 0
+            stages = [stage(number) for number in range(first, first + self.count)]
+            return _union(case, self.threat.within(case.victim.box), stages, self.count, drop)
 
     def __repr__(self) -> str:
         return recipe(self)

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from epsball.attacks.minimal import Bracket, Round, first_weight, limits, offered, width
+from epsball.attacks.minimal import Bracket, Round, first_weight, hushed, limits, width
 from epsball.attacks.registry import register
 from epsball.core import Attack, Gradient, Problem, Projects, Reading, autograd
 from epsball.core.rows import per_sample
@@ -128,7 +128,7 @@ class TanhAdam:
         gained = torch.isinf(state.best) | (state.best < (1 - self.gain) * state.begun)
         aim = replace(aim, done=aim.done | (over & (rnd.number >= self.rounds) & ~gained))
         moved = replace(self._restarted(moved, over.nonzero().squeeze(1)), round=rnd, aim=aim)
-        return replace(offered(problem, reading, success), over=aim.done), moved
+        return replace(hushed(problem, reading, success), over=aim.done), moved
 
     def _image(self, problem: Problem, state: _Walk, tanh: Tensor) -> Tensor:
         """The input that w stands for, exactly x where nothing moved or nothing may."""
@@ -140,16 +140,14 @@ class TanhAdam:
 
     def _kept(self, problem: Problem, state: _Walk, image: Tensor, success: Tensor) -> _Walk:
         """The best successes so far, with this look."""
-        rows = success.nonzero().squeeze(1)
-        if len(rows):
-            few = len(rows) < len(success)
-            size = problem.threat.size(*((problem.x[rows], image[rows]) if few else (problem.x, image)))
-            less = size < state.best[rows]
-            rows, size = rows[less], size[less]
+        if not bool(success.any()):
+            return state
+        size = problem.threat.size(problem.x, image)
+        rows = (success & (size < state.best)).nonzero().squeeze(1)
         if not len(rows):
             return state
         z, home = state.z.index_copy(0, rows, image[rows]), state.home.index_copy(0, rows, state.w[rows])
-        return replace(state, z=z, home=home, best=state.best.index_copy(0, rows, size))
+        return replace(state, z=z, home=home, best=state.best.index_copy(0, rows, size[rows]))
 
     def _restarted(self, state: _Walk, rows: Tensor) -> _Walk:
         """`rows` begin a round: Adam forgets, and w is where the schedule wants it."""

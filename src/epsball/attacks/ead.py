@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from epsball.attacks.minimal import Bracket, Round, first_weight, limits, offered, width
+from epsball.attacks.minimal import Bracket, Round, first_weight, hushed, limits, offered, width
 from epsball.attacks.registry import register
 from epsball.core import Attack, Gradient, Problem, Projects, Reading, autograd
 from epsball.core.rows import per_sample
@@ -90,11 +90,11 @@ class ElasticNet:
         done = over & (rnd.number >= self.rounds) & torch.isfinite(best) & (best >= (1 - self.gain) * state.begun)
         state = replace(
             state,
-            z=torch.where(per_sample(better, here) > 0, reading.z, state.z),
+            z=_put(state.z, reading.z, better),
             best=best,
             begun=torch.where(over, best, state.begun),
             here=here,
-            ahead=torch.where(per_sample(over, here) > 0, here, ahead),
+            ahead=_put(ahead, here, over),
             round=rnd,
             bracket=bracket,
             output=torch.where(better[:, None], reading.output, state.output),
@@ -105,7 +105,7 @@ class ElasticNet:
     def _shown(self, problem: Problem, state: _Shrunk, reading: Reading, success: Tensor, done: Tensor) -> Reading:
         """Successes; under the elastic-net rule only the last best, because `run` would rank successes by the threat's size."""
         if self.sparse:
-            return offered(problem, reading, success)
+            return hushed(problem, reading, success)
         last = done & torch.isfinite(state.best)
         z = torch.where(per_sample(last, state.z) > 0, state.z, reading.z)
         output, score = torch.where(last[:, None], state.output, reading.output), torch.where(last, state.score, reading.score)
@@ -133,6 +133,12 @@ class ElasticNet:
     def _inside(self, problem: Problem, state: _Shrunk, change: Tensor) -> Tensor:
         """x + change in the box, and exactly x where nothing changes; in place."""
         return torch.clamp(change.add_(problem.x), state.low, state.high)
+
+
+def _put(old: Tensor, new: Tensor, chosen: Tensor) -> Tensor:
+    """`old` (B, ...), and `new` (B, ...) where `chosen` (B,)."""
+    rows = chosen.nonzero().squeeze(1)
+    return old.index_copy(0, rows, new[rows]) if len(rows) else old
 
 
 @register(

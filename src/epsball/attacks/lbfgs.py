@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from epsball.attacks.minimal import Bracket, Round, first_weight, limits, offered
+from epsball.attacks.minimal import Bracket, Round, first_weight, hushed, limits
 from epsball.attacks.registry import register
 from epsball.core import Attack, Gradient, Problem, Projects, Reading, Untargeted, autograd
 from epsball.core.rows import per_sample
@@ -120,7 +120,7 @@ class ProjectedLbfgs:
         )
         at, over = self._accept(problem, at, bracket, reading, success)
         at = self._aim(problem, at, bracket, over)
-        return replace(offered(problem, reading, success), over=at.round.number >= self.rounds), at
+        return replace(hushed(problem, reading, success), over=at.round.number >= self.rounds), at
 
     def _accept(self, problem: Problem, state: _Descent, bracket: Bracket, reading: Reading, success: Tensor) -> tuple[_Descent, Tensor]:
         """Armijo: the trial becomes `here`, or the length shrinks to the minimum of the parabola, by half to a tenth."""

@@ -11,11 +11,12 @@ from torch import Tensor
 from epsball.attacks.registry import register
 from epsball.core import Attack, Gradient, Objective, Problem, Projects, Reading, Targeted, Untargeted, autograd, valid
 from epsball.core.rows import per_sample
-from epsball.core.rule import lengths, normalized, unit
+from epsball.core.rule import lengths, normalized, strictly_between, unit
 from epsball.core.threat import Z
 from epsball.errors import BadInput
 from epsball.objectives import margin
 from epsball.threats import L0, L1, L2, Linf
+from epsball.threats.rounding import Memo
 
 
 def limits(problem: Problem) -> tuple[Tensor, Tensor]:
@@ -36,11 +37,11 @@ def _annealed(first: float, last: float, share: float) -> float:
     return last + (first - last) * (1 + math.cos(math.pi * share)) / 2
 
 
-def soft_margin(sharpness: float) -> Objective:
+def soft_margin(sharpness: float, memo: Memo) -> Objective:
     """The margin over a mean of the rival scores, each weighed by exp(sharpness * score / clean margin): all rivals count, then the best.
 
     Its gradient is that of the margin over their soft maximum, log sum exp; weights are constants. In units of the clean margin
-    the scale of the logits does not matter, and nothing saturates, as cross-entropy does.
+    the scale of the logits does not matter, and nothing saturates, as cross-entropy does. `memo` keeps those from step to step.
     """
 
     def objective(problem: Problem, z: Z, x_adv: Tensor, output: Tensor) -> Tensor:
@@ -48,13 +49,18 @@ def soft_margin(sharpness: float) -> Objective:
         if not isinstance(goal, (Untargeted, Targeted)):
             return margin(problem, z, x_adv, output)
         with torch.no_grad():
-            scale = margin(problem, problem.x, problem.x, problem.clean).abs().clamp(min=1e-20)
+            scale = memo.get("margin", (problem.clean, goal.labels), lambda: _clean_margin(problem))
             rivals = (output * (sharpness / scale)[:, None]).scatter(1, goal.labels[:, None], -torch.inf)
             weight = rivals.softmax(1).scatter(1, goal.labels[:, None], -1.0)
         ahead: Tensor = (weight * output).sum(1)
         return ahead if isinstance(goal, Untargeted) else -ahead
 
     return objective
+
+
+def _clean_margin(problem: Problem) -> Tensor:
+    """(B,) how far the clean answer is from the goal; above 0."""
+    return margin(problem, problem.x, problem.x, problem.clean).abs().clamp(min=1e-20)
 
 
 @dataclass(frozen=True)
@@ -67,6 +73,7 @@ class _Shell:
     limit: Tensor
     width: Tensor
     best: Tensor
+    memo: Memo
     moves: int
     steps: int
 
@@ -77,27 +84,27 @@ class _Shell:
 
     def moved(self, z: Tensor, size: Tensor, radius: Tensor, best: Tensor) -> _Shell:
         """One move later."""
-        return _Shell(z, size, radius, self.limit, self.width, best, self.moves + 1, self.steps)
+        return _Shell(z, size, radius, self.limit, self.width, best, self.memo, self.moves + 1, self.steps)
 
 
 def _begin(problem: Problem, steps: int, radius: Tensor | float) -> _Shell:
     """At the clean input; a number as first radius is in box widths."""
     limit, wide = torch.minimum(problem.radius, problem.threat.reach(problem.x)), width(problem)
     first, zero = radius if isinstance(radius, Tensor) else radius * wide, torch.zeros_like(limit)
-    return _Shell(problem.x.clone(), zero, torch.minimum(first, limit), limit, wide, zero + torch.inf, 0, max(steps, 1))
+    return _Shell(problem.x.clone(), zero, torch.minimum(first, limit), limit, wide, zero + torch.inf, Memo(), 0, max(steps, 1))
 
 
 def _look(problem: Problem, state: _Shell, gradient: Gradient, soft: bool) -> Reading:
     """Climbs the soft margin, ever sharper, or the objective that the attack was given."""
-    return gradient(replace(problem, objective=soft_margin(5 * 200**state.share)) if soft else problem, state.z)
+    return gradient(replace(problem, objective=soft_margin(5 * 200**state.share, state.memo)) if soft else problem, state.z)
 
 
 def _uphill(problem: Problem, gradient: Tensor, p: float, move: int) -> tuple[Tensor, Tensor]:
     """(where it climbs, the p-norm (B,) of that): the gradient; keyed noise where it vanished."""
     steep, tiny = lengths(gradient, p), torch.finfo(gradient.dtype).tiny ** 0.5  # so that a step over it stays finite
-    odd = (~((steep > tiny) & (steep < 1 / tiny))).nonzero().squeeze(1)
-    if not len(odd):
+    if strictly_between(steep, tiny, 1 / tiny):
         return gradient, steep
+    odd = (~((steep > tiny) & (steep < 1 / tiny))).nonzero().squeeze(1)
     rows, length = unit(gradient[odd], p)
     lost = odd[length == 0]
     noise = normalized(problem.key.fold("lost", move).normal(problem.ids[lost], problem.x[lost]), p)
@@ -334,11 +341,17 @@ def fmn(
 
 def offered(problem: Problem, reading: Reading, success: Tensor) -> Reading:
     """What `run` may keep: successes (B,), and answers that are no numbers; the clean input elsewhere, so that a failure returns it."""
+    muted, shown = hushed(problem, reading, success), success | ~valid(reading.output)
+    z = torch.where(per_sample(shown, reading.z) > 0, reading.z, problem.x)
+    return replace(muted, z=z, x_adv=z)
+
+
+def hushed(problem: Problem, reading: Reading, success: Tensor) -> Reading:
+    """`offered` where the first look is at the clean input: z may stay, as `run` keeps a failure only where its score rises."""
     shown = success | ~valid(reading.output)
-    wide, flat = per_sample(shown, reading.z) > 0, shown[:, None]
     score = problem.objective(problem, problem.x, problem.x, problem.clean)
-    z = torch.where(wide, reading.z, problem.x)
-    return Reading(z, z, torch.where(flat, reading.output, problem.clean), torch.where(shown, reading.score, score))
+    output = torch.where(shown[:, None], reading.output, problem.clean)
+    return Reading(reading.z, reading.x_adv, output, torch.where(shown, reading.score, score))
 
 
 def first_weight(reading: Reading) -> Tensor:
@@ -363,6 +376,8 @@ class Bracket:
 
     def next(self, over: Tensor, hit: Tensor, growth: float = 10.0) -> Bracket:
         """Where a round is `over` (B,): halves the interval, or multiplies by `growth` while nothing succeeded."""
+        if not bool(over.any()):
+            return self
         upper = torch.where(over & hit, torch.minimum(self.upper, self.weight), self.upper)
         lower = torch.where(over & ~hit, torch.maximum(self.lower, self.weight), self.lower)
         weight = torch.where(torch.isfinite(upper), (lower + upper) / 2, self.weight * growth)
@@ -392,6 +407,8 @@ class Round:
 
     def restarted(self, over: Tensor) -> Round:
         """A new round where the last is `over` (B,)."""
+        if not bool(over.any()):
+            return self
         zero, never = torch.zeros_like(self.looks), torch.full_like(self.since, NEVER)
         lowest = self.lowest.masked_fill(over, torch.inf)
         looks, stale, since = (torch.where(over, *pair) for pair in ((zero, self.looks), (zero, self.stale), (never, self.since)))

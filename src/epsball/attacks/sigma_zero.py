@@ -16,6 +16,7 @@ from epsball.core.rule import normalized
 from epsball.errors import BadInput
 from epsball.objectives import margin
 from epsball.threats import L0
+from epsball.threats.rounding import Memo
 
 
 @register(
@@ -62,6 +63,7 @@ class _Count:
     second: Tensor
     threshold: Tensor
     tight: bool  # some radius is below what the box allows
+    memo: Memo
     looks: int
     steps: int
 
@@ -82,11 +84,11 @@ class SmoothCount:
         z = problem.threat.start(problem.x, problem.radius, None, problem.ids)
         zero = torch.zeros_like(z)
         tight = bool((problem.radius < problem.threat.reach(problem.x)).any())
-        return _Count(z, zero, zero, zero, torch.full_like(problem.radius, self.threshold), tight, 0, steps)
+        return _Count(z, zero, zero, zero, torch.full_like(problem.radius, self.threshold), tight, Memo(), 0, steps)
 
     def step(self, problem: Problem, state: _Count) -> tuple[Reading, _Count]:
         """One look, one step of Adam, one cut."""
-        sharp = replace(problem, objective=soft_margin(10 * 100 ** (state.looks / state.steps))) if self.soft else problem
+        sharp = replace(problem, objective=soft_margin(10 * 100 ** (state.looks / state.steps), state.memo)) if self.soft else problem
         reading, x, looks = self.gradient(sharp, state.z), problem.x, state.looks + 1
         hit = problem.goal.reached(reading.output)
         push = torch.nan_to_num(reading.gradient, nan=0.0, posinf=0.0, neginf=0.0)
@@ -106,7 +108,7 @@ class SmoothCount:
             # The count falls toward the radius from above: looks at the changes themselves, and only the last is cut to the radius.
             z = problem.threat.project(x, z, problem.radius) if looks == state.steps else z
             reading = offered(problem, reading, problem.threat.size(x, state.z) <= problem.radius)
-        return reading, _Count(z, change, first, second, threshold, state.tight, looks, state.steps)
+        return reading, _Count(z, change, first, second, threshold, state.tight, state.memo, looks, state.steps)
 
 
 def _together(threat: Projects, squares: Tensor) -> Tensor:

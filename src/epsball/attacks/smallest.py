@@ -9,7 +9,7 @@ from torch import Tensor
 
 from epsball.attacks.apgd import apgd
 from epsball.attacks.combine import Case, SmallestRadius, merged, nothing, opened
-from epsball.attacks.inward import corners, inward, outside_in
+from epsball.attacks.inward import inward, outside_in
 from epsball.attacks.minimal import ddn, fmn
 from epsball.attacks.pgd import pgd
 from epsball.attacks.registry import register
@@ -57,12 +57,12 @@ def nearest(steps: int = 500, threat: Projects | None = None) -> Nearest:
     """A portfolio in which every part only looks for less than the best so far.
 
     1. A quick search from the clean input: DDN under L2, FMN under Linf and L1, sigma-zero under L0.
-    2. Linf and L0: quick searches aimed at each of the nearest classes (MALT's order), within the size found so far; `corners`
-       under L0. L2 and L1 gain more from step 3.
-    3. L0: the same search under L1, and what it changed, counted. Elsewhere walks inward from far examples, each made by a few
-       signed steps from another start. Where gradients mislead near the clean input, as in networks trained against Linf, this
-       finds changes several times smaller than any search that starts there; and several short walks find smaller ones than a
-       long one. Under L2 and L1 one more for every 250 steps.
+    2. Linf: quick searches aimed at each of the nearest classes (MALT's order), within the size found so far. The others gain
+       more from step 3.
+    3. L0: the same search under L1, and what it changed, counted: more than half of the steps. Elsewhere walks inward from far
+       examples, each made by a few signed steps from another start. Where gradients mislead near the clean input, as in networks
+       trained against Linf, this finds changes several times smaller than any search that starts there; and several short walks
+       find smaller ones than a long one. Under L2 and L1 one more for every 250 steps.
     4. A walk inward from the best (`epsball.attacks.inward`).
 
     Args:
@@ -78,9 +78,8 @@ def nearest(steps: int = 500, threat: Projects | None = None) -> Nearest:
         return round(of * steps)
 
     if isinstance(threat, L0):
-        first, aimed = sigma_zero(share(0.25), threat=threat), corners(share(0.03), threat=threat)
-        sparse = Counted(threat, nearest(share(0.4), L1(threat.room)))
-        return Nearest(first, aimed, (sparse,), share(0.2), targets=4, order=L2(threat.room))
+        first, sparse = sigma_zero(share(0.25), threat=threat), Counted(threat, nearest(share(0.6), L1(threat.room)))
+        return Nearest(first, first, (sparse,), share(0.18), targets=0, order=threat)
     if isinstance(threat, Linf):
         walk = replace(outside_in(share(0.27), threat), smallest=True)
         return Nearest(fmn(share(0.2), threat=threat), fmn(share(0.05), threat=threat), (walk,), share(0.2), targets=3, order=threat)

@@ -1,4 +1,4 @@
-"""Sparse-RS: random search over which pixels to change, and to which corner of the box."""
+"""Sparse-RS: random search over which pixels to change, and to which corner of the box; patches are in `patch_search.py`."""
 
 from __future__ import annotations
 
@@ -7,18 +7,20 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from epsball.attacks.patch_search import PatchSearch
 from epsball.attacks.random_search import RandomSearch, margin_or_entropy
 from epsball.attacks.registry import register
 from epsball.core import Attack, Objective, Problem, Projects
+from epsball.core.descent import Strategy
 from epsball.core.victim import Access
 from epsball.errors import BadInput
-from epsball.threats import L0
+from epsball.threats import L0, Patch
 
 _ENDS = (0, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)  # of 10,000 queries
 _PARTS = (1, 2, 4, 5, 6, 8, 10, 12, 15, 20)
 
 
-@register(paper="Croce et al. 2022, arXiv 2006.12834", access=Access.SCORES, threats=("l0", "l0f"), cost="steps forwards")
+@register(paper="Croce et al. 2022, arXiv 2006.12834", access=Access.SCORES, threats=("l0", "l0f", "patch"), cost="steps forwards")
 def sparse_rs(
     steps: int = 5000,
     alpha: float = 0.3,
@@ -28,10 +30,12 @@ def sparse_rs(
     """Sparse-RS under L0: a set of floor(radius) pixels at corners of the box, improved by swaps, arXiv 2006.12834, Algorithm 1.
 
     A proposal lets a share of the set go, takes as many others, evenly drawn, and gives them random corners; the share
-    falls from alpha to a twentieth of it along the table of appendix A.1.
+    falls from alpha to a twentieth of it along the table of appendix A.1. Under a patch of floor(radius) x floor(radius) pixels
+    a window of it, at first a share alpha, gets another corner of the box, and every fourth query (tenth, toward a target) moves it.
 
     Args:
-        steps: queries per sample, the first set included. alpha: share swapped at first, 0 .. 1. threat: L0, pixels or features.
+        steps: queries per sample, the first set included. alpha: share swapped at first, 0 .. 1 (released for patches: 0.4).
+        threat: L0, pixels or features, or a patch.
 
     Raises:
         BadInput: alpha outside 0 .. 1, or another threat.
@@ -46,9 +50,10 @@ def sparse_rs(
     if not 0 < alpha <= 1:
         raise BadInput(f"alpha: {alpha}: must lie above 0 and be at most 1")
     threat = threat or L0()
-    if not isinstance(threat, L0):
-        raise BadInput(f"threat '{threat.name}': counts no pixels: use l0 or l0f")
-    return replace(Attack("sparse_rs", threat, objective, RandomSearch(Swaps(alpha)), max(steps - 1, 0)), access=Access.SCORES)
+    if not isinstance(threat, L0 | Patch):
+        raise BadInput(f"threat '{threat.name}': counts no pixels: use l0, l0f or patch")
+    search: Strategy = RandomSearch(Swaps(alpha)) if isinstance(threat, L0) else PatchSearch(alpha)
+    return replace(Attack("sparse_rs", threat, objective, search, max(steps - 1, 0)), access=Access.SCORES)
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +23,7 @@ class Surrogate:
             that are attacked later. agreement: share of these rows on which both name the same class at the end.
     """
 
-    victim: Victim
+    victim: Victim = field(repr=False)
     fit_queries: int
     agreement: float
 
@@ -164,12 +164,12 @@ def _train(net: nn.Module, x: Tensor, answers: Tensor, access: Access, epochs: i
     net.eval()
 
 
-def transferred(surrogate: Surrogate, attack: AttackLike | None = None) -> Attack:
+def transferred(surrogate: Surrogate | Model, attack: AttackLike | None = None) -> Attack:
     """An attack on a surrogate, of which the victim judges the result: any recipe, with all its steps, whether or not the surrogate falls.
 
     Args:
-        surrogate: see `fit_surrogate`. attack: any attack on models with gradients; `mi_fgsm` unless given. Those for unseen
-        models are in `transfer.py`: `di_fgsm`, `ti_fgsm` ...
+        surrogate: see `fit_surrogate`; or any model with gradients in the victim's box, as `ensemble` makes of several. attack: any
+        attack on models with gradients; `mi_fgsm` unless given. Those for unseen models are in `transfer.py`: `di_fgsm`, `ti_fgsm` ...
 
     Returns:
         The attack; its name is `transferred`, its threat that of `attack`. `queries` of an outcome are what each sample cost
@@ -177,8 +177,8 @@ def transferred(surrogate: Surrogate, attack: AttackLike | None = None) -> Attac
 
     Cost: 1 forward of the victim, no backward.
     """
-    inner = attack or mi_fgsm()
-    return Attack("transferred", inner.threat, margin, Transferred(surrogate, inner), 0, access=Access.LABELS)
+    inner, stand_in = attack or mi_fgsm(), surrogate.victim if isinstance(surrogate, Surrogate) else Victim.of(surrogate)
+    return Attack("transferred", inner.threat, margin, Transferred(stand_in, inner), 0, access=Access.LABELS)
 
 
 @dataclass(frozen=True)
@@ -190,14 +190,12 @@ class _Made:
 class Transferred:
     """See `transferred`: the search is over before the first look."""
 
-    surrogate: Surrogate
+    surrogate: Victim = field(repr=False)
     attack: AttackLike
 
     def init(self, problem: Problem, steps: int) -> _Made:
         """What the attack makes on the surrogate; as its clean answers pass those of the victim, which no goal has reached yet."""
-        made = self.attack(
-            self.surrogate.victim, problem.x, problem.goal, problem.radius, problem.key, clean=problem.clean.clone(), drop=False
-        )
+        made = self.attack(self.surrogate, problem.x, problem.goal, problem.radius, problem.key, clean=problem.clean.clone(), drop=False)
         return _Made(made.z)
 
     def step(self, problem: Problem, state: _Made) -> tuple[Reading, _Made]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from epsball.auditing.checks import FINAL_CHECKS, ROUND_CHECKS, Scene, attack_row, effort_suffices, queries_suffice, told_once
-from epsball.auditing.plan import Stage, black_box, by_chance, plan, smooth
+from epsball.auditing.plan import Stage, black_box, by_chance, plan, smooth, through_twins
 from epsball.auditing.referee import Referee
 from epsball.auditing.results import Flag
 from epsball.auditing.sheet import Round, Sheet
@@ -55,7 +55,9 @@ def stages_of(sheet: Sheet, current: Round, effort: str) -> tuple[Stage, ...]:
         return (*own, *(replace(s, beyond=True) for s in other[: 2 if own else None]))
     stages = list(known) if sight.own else []
     if sight.victim is not model:
-        stages += [replace(s, victim=sight.victim, beyond=bool(stages)) for s in known]
+        aimed = sheet.clean.shape[1] if single and sheet.clean.shape[1] >= 3 else 0
+        more = through_twins(threat, effort, aimed) if sight.hidden else ()
+        stages += [replace(s, victim=sight.victim, beyond=bool(stages)) for s in (*known, *more)]
     if sight.rough:
         stages += [replace(s, victim=sight.victim, beyond=True) for s in smooth(threat, effort)]
     doubted = sight.hidden or sight.rough or not sight.own or sheet.found("gradient")

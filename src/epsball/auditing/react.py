@@ -24,8 +24,9 @@ SQUASHES = frozenset({"softmax", "log_softmax", "sigmoid", "tanh"})
 """Last steps that keep the order of scores."""
 ALIKE, WIDEST = 0.5, 1.0
 """Median cosine of neighboring gradients below which they say nothing of the next step; widest box that neighborhoods are measured by."""
-JUDGES = 40
-"""Draws that a ruling on a random model takes; the majority rules."""
+JUDGES = 100
+"""Draws that a ruling on a random model takes; the majority rules. What is stored is ruled on again and again, and each time a narrow
+majority may turn: with 40 draws 8 of 83 did so on a network that drops activations."""
 WIDE, CALM = 50.0, 5.0
 """Median gap between the two best scores from which on scores are divided, and the gap that is left."""
 

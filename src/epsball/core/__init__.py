@@ -10,7 +10,7 @@ from epsball.core.random import Key, content_ids
 from epsball.core.rule import Chain, Momentum, Rule, Steepest, Unit, chain
 from epsball.core.run import run
 from epsball.core.sources import Eot, Near, Through, Transform
-from epsball.core.stepsize import Fixed, Halving, OfRadius, StepSize
+from epsball.core.stepsize import Fading, Fixed, Halving, OfRadius, StepSize
 from epsball.core.threat import Projects, Threat
 from epsball.core.victim import Access, Tally, Victim
 
@@ -22,6 +22,7 @@ __all__ = [
     "Chain",
     "Descent",
     "Eot",
+    "Fading",
     "Fixed",
     "Goal",
     "Gradient",

@@ -57,25 +57,23 @@ class Best:
         """Judges one reading of the samples `rows` (B',); returns (B',) bool: reached, now or earlier."""
         whole = len(rows) == len(self.reached)  # nobody has left yet: nothing to gather
         had, old, least = (known if whole else known[rows] for known in (self.reached, self.score, self.size))
-        hit, score = problem.goal.reached(reading.output), reading.score
+        claimed, score = problem.goal.reached(reading.output), reading.score
         odd = not math.isfinite(float(reading.output.sum() + score.sum()))
         if odd:
             wild = ~valid(reading.output)
-            hit, score = hit & ~wild, torch.nan_to_num(score, nan=-torch.inf).masked_fill(wild, -torch.inf)
-        better, size = (hit & ~had) | ((hit == had) & (score > old)), torch.full_like(least, torch.nan)  # measured at the end, once
-        if odd or bool(hit.any()):
-            # Only these need their size now: a point outside the budget is no success, and no number there is no fault, whoever
-            # proposed it.
-            exact = problem.threat.size(problem.x, reading.z)
-            legal = exact <= problem.radius
-            better, hit = better & (legal | ~hit), hit & legal
-            if self.smallest:
-                better = (hit & (~had | (exact < least))) | (~hit & ~had & better)
-            size = torch.where(hit, exact, torch.nan)
+            claimed, score = claimed & ~wild, torch.nan_to_num(score, nan=-torch.inf).masked_fill(wild, -torch.inf)
+        hit, size, closer = claimed, least, score > old
+        if odd or bool(claimed.any()):
+            # Only these need their size now, others are measured at the end: a point outside the budget is no success, and no
+            # number there is no fault, whoever proposed it.
+            size = problem.threat.size(problem.x, reading.z)
+            legal = size <= problem.radius
+            hit = claimed & legal
             if odd:
                 self.invalid[rows] |= wild & legal
+        better = (hit & (~had | (size < least if self.smallest else closer))) | (~(had | claimed) & closer)
         self._store(rows, reading, better.nonzero().squeeze(1))
-        fresh = (had | hit, torch.where(better, score.to(old), old), torch.where(better, size, least))
+        fresh = (had | hit, torch.where(better, score.to(old), old), torch.where(better, torch.where(hit, size, torch.nan), least))
         self.reached, self.score, self.size = (
             new if whole else known.index_copy(0, rows, new)
             for known, new in zip((self.reached, self.score, self.size), fresh, strict=True)

@@ -18,6 +18,9 @@ from epsball.core.relaxed_book import Book, Choice
 LEAK = 0.1
 """Share of the gradient that what is masked lets through: far below a threshold the soft mask alone passes next to nothing."""
 
+RIVALS, COOL = 10, 0.3
+"""Runners-up whose mean gap to the best score sets the temperature of a soft choice, and the share of that gap."""
+
 
 class AsItIs:
     """The operation's own derivative is the right one."""
@@ -146,7 +149,7 @@ def chosen(call: Call) -> Shadow:
     if choice is None:
         return None
     call.named(call.name)
-    share = _shares(call.book, choice)
+    share = _shares(choice)
     number = (share * torch.arange(share.shape[-1], dtype=share.dtype, device=share.device)).sum(-1)
     return number.unsqueeze(choice.dim) if call.real.ndim == choice.source.ndim else number
 
@@ -283,18 +286,24 @@ def _rows(book: Book, index: Tensor, n: int) -> Tensor | None:
     """(..., n) soft shares of n rows: of the scores that were compared, or of the distance to the number."""
     choice = book.choice(index)
     if choice is not None and index.ndim == choice.source.ndim - 1 and choice.source.shape[choice.dim] == n:
-        return _shares(book, choice)
+        return _shares(choice)
     number = book.twin(index)
     if number is None:
         return None
     return torch.softmax(-(number[..., None] - torch.arange(n, dtype=number.dtype, device=number.device)).square(), -1)
 
 
-def _shares(book: Book, choice: Choice) -> Tensor:
-    """(..., n) softmax of the scores along the axis of the choice, which comes last."""
-    scores = choice.sign * choice.source
-    middle = scores - scores.mean(choice.dim, keepdim=True)
-    return torch.softmax(middle / book.width(middle), choice.dim).movedim(choice.dim, -1)
+def _shares(choice: Choice) -> Tensor:
+    """(..., n) softmax of the scores along the axis of the choice, which comes last.
+
+    Its temperature is a share of the mean gap between the best score and the ten next, so that a handful of candidates count, however
+    many there are: on a lookup of the nearest of 3,000 images the spread of all scores made too smooth a choice (26 of 40 samples
+    left standing, 17 so).
+    """
+    scores = (choice.sign * choice.source).movedim(choice.dim, -1)
+    best = scores.detach().topk(min(1 + RIVALS, scores.shape[-1]), -1).values
+    gap = (best[..., :1] - best[..., 1:]).nan_to_num(nan=0.0, posinf=0.0).mean(-1, keepdim=True)
+    return torch.softmax(scores / torch.where(gap > 0, COOL * gap, torch.ones_like(gap)), -1)
 
 
 BREAKS: dict[str, Callable[[Call], Shadow]] = {

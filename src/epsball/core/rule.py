@@ -32,13 +32,13 @@ def lengths(values: Tensor, p: float) -> Tensor:
         return flat.abs().amax(1) if p == torch.inf else flat.abs().sum(1)
     length: Tensor = torch.linalg.vector_norm(flat, 2, dim=1)
     tiny = torch.finfo(length.dtype).tiny ** 0.4
-    if _within(length, tiny, 1 / tiny):
+    if strictly_between(length, tiny, 1 / tiny):
         return length
     odd = (~((length > tiny) & (length < 1 / tiny))).nonzero().squeeze(1)
     return length.index_copy(0, odd, torch.linalg.vector_norm(flat[odd].double(), 2, dim=1).to(length.dtype))
 
 
-def _within(length: Tensor, low: float, high: float) -> bool:
+def strictly_between(length: Tensor, low: float, high: float) -> bool:
     """Every entry strictly between the two; NaN is not."""
     if not len(length):
         return True
@@ -50,7 +50,7 @@ def unit(values: Tensor, p: float) -> tuple[Tensor, Tensor]:
     """Rows of p-norm 1, and the norms (B,) they had; rows of zeros stay zeros, non-finite entries count as zero."""
     length = lengths(values, p)
     rows = values / per_sample(length, values)
-    if _within(length, 0.0, torch.inf):
+    if strictly_between(length, 0.0, torch.inf):
         return rows, length
     odd = (~((length > 0) & (length < torch.inf))).nonzero().squeeze(1)
     part, whole = torch.nan_to_num(values[odd], nan=0.0, posinf=0.0, neginf=0.0), torch.ones_like(length[odd])

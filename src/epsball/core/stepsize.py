@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -53,6 +54,23 @@ class OfRadius:
     def next(self, problem: Problem, reading: Reading, control: Control) -> tuple[Tensor, Z, Z, Control]:
         """share * radius."""
         return self.share * problem.radius, reading.z, reading.gradient, control
+
+
+@dataclass(frozen=True)
+class Fading:
+    """A share of the radius that falls to 0 along half a cosine, whatever the scores say: for scores with noise in them."""
+
+    share: float
+
+    def start(self, problem: Problem, z: Z, steps: int) -> tuple[int, int]:
+        """Moves made, moves in all."""
+        return 0, max(steps, 1)
+
+    def next(self, problem: Problem, reading: Reading, control: tuple[int, int]) -> tuple[Tensor, Z, Z, tuple[int, int]]:
+        """share * radius * (1 + cos(pi * made / all)) / 2."""
+        made, steps = control
+        share = self.share * (1 + math.cos(math.pi * made / steps)) / 2
+        return share * problem.radius, reading.z, reading.gradient, (made + 1, steps)
 
 
 @dataclass(frozen=True)

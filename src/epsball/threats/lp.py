@@ -81,6 +81,10 @@ class Room:
             return (z.double() - x).flatten(1)
         return z.double().sub_(self.memo.get("exact", (x,), x.double)).flatten(1)
 
+    def measured(self, x: Tensor, z: Tensor, norm: Callable[[Tensor], Tensor]) -> Tensor:
+        """`norm` of the change, remembered: a search and `run` both ask for the size of the same look."""
+        return self.memo.get("size", (x, z), lambda: norm(self.change(x, z)))
+
 
 Fit = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 """(wanted change (R, F), its bounds low <= 0 <= high (R, F), radius (R, 1)) -> the nearest change in ball and bounds, in that precision."""
@@ -192,7 +196,7 @@ class Linf:
 
     def size(self, x: Tensor, z: Tensor) -> Tensor:
         """Largest absolute change."""
-        return self.room.change(x, z).abs_().amax(1)
+        return self.room.measured(x, z, lambda change: change.abs_().amax(1))
 
     def project(self, x: Tensor, z: Tensor, radius: Tensor) -> Tensor:
         """Clips each feature to its interval."""
@@ -232,8 +236,7 @@ class L2:
 
     def size(self, x: Tensor, z: Tensor) -> Tensor:
         """Euclidean length of the change."""
-        length: Tensor = torch.linalg.vector_norm(self.room.change(x, z), 2, dim=1)
-        return length
+        return self.room.measured(x, z, lambda change: torch.linalg.vector_norm(change, 2, dim=1))
 
     def project(self, x: Tensor, z: Tensor, radius: Tensor) -> Tensor:
         """Exact: `_fit_l2`."""
@@ -274,7 +277,7 @@ class L1:
 
     def size(self, x: Tensor, z: Tensor) -> Tensor:
         """Sum of absolute changes."""
-        return self.room.change(x, z).abs_().sum(1)
+        return self.room.measured(x, z, lambda change: change.abs_().sum(1))
 
     def project(self, x: Tensor, z: Tensor, radius: Tensor) -> Tensor:
         """Exact: `_fit_l1`."""

@@ -17,8 +17,8 @@ from epsball.auditing.statistics import clopper_pearson
 from epsball.objectives import margin
 from epsball.threats import L0, L2, Linf
 
-SAMPLE, MANY = 64, 0.05
-DRAWS, QUERIES = 300, 300
+SAMPLE, MANY = 128, 0.05
+DRAWS, QUERIES = 100, 128
 FRACTIONS = (0.25, 0.5, 0.75, 1.0)
 FED = 128
 
@@ -31,9 +31,9 @@ def severity(found: int, n: int) -> Literal["block", "warn"]:
 def noise_finds_nothing(scene: Scene) -> Iterator[Flag]:
     """Random points of the ball break no sample that every attack left standing.
 
-    Cost: at most 300 forward rows for each of 64 samples.
+    Cost: at most 100 forward rows for each of 32 samples.
     """
-    rows = scene.standing(SAMPLE)
+    rows = scene.few()
     if not len(rows):
         return
     found = int(scene.confirmed(rows, scene.search(noise(DRAWS, threat=scene.threat), rows, "noise", seed=scene.seed + 2)).sum())
@@ -48,7 +48,7 @@ def one_step_finds_nothing(scene: Scene) -> Iterator[Flag]:
 
     Cost: at most 4 gradient rows and 4 forward rows for each of 128 samples.
     """
-    rows = scene.standing(2 * SAMPLE)
+    rows = scene.standing(SAMPLE)
     if not len(rows):
         return
     found = torch.zeros(len(rows), dtype=torch.bool)
@@ -71,14 +71,16 @@ def one_step_finds_nothing(scene: Scene) -> Iterator[Flag]:
 def black_box_finds_nothing(scene: Scene) -> Iterator[Flag]:
     """Random search by scores alone breaks no sample that gradients left standing: Square under Linf and L2, Sparse-RS under L0.
 
-    Cost: at most 300 forward rows for each of 64 samples.
+    Under L0, where the plan itself searches at random, few successes are more luck and tell nothing about gradients.
+
+    Cost: at most 128 forward rows for each of 32 samples.
     """
-    rows, threat = scene.standing(SAMPLE), scene.threat
+    rows, threat = scene.few(), scene.threat
     if not len(rows) or not scene.single or not isinstance(threat, Linf | L2 | L0):
         return
     attack = sparse_rs(QUERIES, threat=threat) if isinstance(threat, L0) else square(QUERIES, threat=threat)
     found = int(scene.confirmed(rows, scene.search(attack, rows, "black box", seed=scene.seed + 3)).sum())
-    if found:
+    if found and not (isinstance(threat, L0) and severity(found, len(rows)) == "warn"):
         message = (
             f"{attack.name} without gradients broke {found} of {len(rows)} samples that attacks with gradients had left standing: "
             f"{QUERIES} queries were better than gradients."

@@ -20,6 +20,8 @@ ROUGH = ("random", "rough", "hidden-steps", "no-gradient", "gradient")
 """Findings of the preflight that explain a rough surface."""
 FEWEST = 8
 """Samples below which a median, or a share, says nothing."""
+FEW, SHARE, LEAST = 32, 1 / 3, 16
+"""Costly checks see at most so many samples, and at most this share of the data, but not fewer than `LEAST`."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,10 @@ class Scene:
         """(K,) rows that stand, at most so many, in the order of content hashes: a random sample, however the data is sorted."""
         order = self.sheet.subject.order
         return order[self.sheet.standing(self.current.threat, self.current.radius)[order]][:most]
+
+    def few(self) -> Tensor:
+        """(K,) rows that stand, for costly checks: one that breaks 5 % of those that stand is seen by 32 of them with 81 %."""
+        return self.standing(min(FEW, max(LEAST, round(SHARE * len(self.sheet.clean)))))
 
     def correct(self, most: int) -> Tensor:
         """(K,) rows that are right on the clean input, broken since or not, in the same order."""
