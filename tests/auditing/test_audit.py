@@ -14,11 +14,11 @@ from torch import Tensor, nn
 
 import epsball as eb
 from epsball.attacks import Restarts
-from epsball.auditing.cascade import Tick, cascade
+from epsball.auditing.cascade import Tick, attack_round, cascade
 from epsball.auditing.checks import Scene, losses_agree
 from epsball.auditing.cost import Estimate
-from epsball.auditing.plan import EFFORTS, default_threats, plan
-from epsball.auditing.results import Report
+from epsball.auditing.plan import EFFORTS, Stage, default_threats, plan
+from epsball.auditing.results import AttackRow, Report
 from epsball.auditing.run import Plan, prepare
 from epsball.auditing.sheet import Subject
 from epsball.errors import BadInput
@@ -407,11 +407,22 @@ def test_who_came_near_is_searched_longer_and_from_other_starts(norm: str) -> No
     shares = [stage.near for stage in stages]
     assert shares == sorted(shares, reverse=True)
     assert shares[0] == 1.0
-    first, more = stages[-2].attack, stages[-1].attack
+    first, more = stages[-3].attack, stages[-1].attack
+    assert [stage.pays > 0 for stage in stages[-3:]] == [False, True, False]
     assert isinstance(first, Restarts)
     assert isinstance(more, Restarts)
     assert repr(first.attack) == repr(more.attack)
     assert (first.first or 0) + first.count == more.first
+
+
+@pytest.mark.parametrize(("broken", "asked"), [(0, False), (1, False), (2, True)])
+def test_a_stage_that_has_to_pay_runs_where_the_one_before_broke_enough(broken: int, asked: bool) -> None:
+    data, specs = digits(40), (parse_threat("linf:0.05"),)
+    sheet, referee = prepare(Subject(wrap(load("digits-robust")), data.x, data.y, data.indices, "digits", {}), Plan(specs, "fast"))
+    current = sheet.rounds[0]
+    current.attacks.append(AttackRow(name="before", recipe="", tried=20, broken=broken, forwards=0, backwards=0, seconds=0.0))
+    attack_round(sheet, referee, current, Stage(eb.attacks.pgd(steps=1), 1, pays=0.1), 0, True, lambda *_: None)
+    assert (len(current.attacks) == 2) is asked
 
 
 # Honest models, on enough samples for the checks to have their say.

@@ -132,8 +132,8 @@ def attack_round(
     """One attack on the samples still standing; only what the referee confirms is entered, and its queries (K,) are returned."""
     subject, hits, threat = sheet.subject, sheet.hits[current.threat], sheet.threat(current.threat)
     rows = (sheet.standing(current.threat, current.radius) & (hits.near <= stage.near)).nonzero().squeeze(1)
-    if not len(rows):
-        return rows
+    if not len(rows) or (stage.pays and not worth(current, stage)):
+        return rows[:0]
     started = time.perf_counter()
     x, goal, attack = subject.x[rows], subject.goal.take(rows), stage.attack
     drop = drop and not stage.keep
@@ -163,6 +163,12 @@ def attack_round(
     outcome = nearer(sheet, current, rows, outcome)
     current.attacks.append(attack_row(attack.name, repr(attack), len(rows), len(broken), outcome, time.perf_counter() - started))
     return spent
+
+
+def worth(current: Round, stage: Stage) -> bool:
+    """The attack before broke enough of those it tried."""
+    before = current.attacks[-1]
+    return before.broken >= stage.pays * before.tried
 
 
 def nearer(sheet: Sheet, current: Round, rows: Tensor, outcome: Outcome) -> Outcome:
