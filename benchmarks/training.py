@@ -60,6 +60,7 @@ ROBUST = {
     "n_fgsm": Recipe(lambda: tr.n_fgsm(noise=1.0, share=0.75), 10),
     "trades": Recipe(lambda: tr.trades(steps=7), 10),
     "pgd_long": Recipe(lambda: tr.pgd(steps=7), 30),
+    "pgd_bf16": Recipe(lambda: tr.pgd(steps=7), 10, options={"half": True}),
     "two_steps_bf16": Recipe(lambda: tr.pgd(steps=2, share=0.6), 10, options={"half": True}),
 }
 """Trained on all of MNIST."""

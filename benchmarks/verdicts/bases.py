@@ -19,7 +19,7 @@ from epsball.core.attack import recipe
 from epsball.data import Dataset
 from epsball.defenses import training
 from epsball.threats import Linf
-from nets import CACHE, mnist_file
+from nets import CACHE, mnist_file, root, trained
 
 FOLDER = CACHE / "verdicts"
 
@@ -48,6 +48,16 @@ def images() -> tuple[Tensor, Tensor]:
 def samples(n: int, seed: int) -> Dataset:
     """Test images, spread over the classes."""
     return eb.load_data(str(mnist_file()), n=n, seed=seed)
+
+
+def color(n: int, seed: int) -> Dataset:
+    """Test images of CIFAR-10, at most 30: its networks are dear."""
+    return eb.load_data(str(root() / "cifar10_jpeg"), n=min(n, 30), seed=seed)
+
+
+def color_net(name: str) -> nn.Module:
+    """`cifar-standard` or `cifar-robust`, which is trained on PGD-3 at 8/255."""
+    return trained(name).eval().requires_grad_(False)
 
 
 def fitted(

@@ -8,6 +8,8 @@ from typing import Literal
 
 from torch import Tensor, nn
 
+from epsball.data import Dataset
+from verdicts.bases import samples
 from verdicts.search import Climb, Judge, Seen, Squares, majority
 
 Kind = Literal["masked", "overstated", "control"]
@@ -35,6 +37,9 @@ class Case:
         model: makes it, in eval mode. naive: the evaluation of those who proposed it. adaptive: by somebody who knows it.
         cause: of a masked one, a key of `CAUSES`. radius: Linf. judge: what counts as broken. random: one answer proves nothing.
         official: most samples for AutoAttack, of which one may be dear. note: what a reader of the table should know.
+        samples: (n, seed) -> test images. held: the audit was not tuned on it, and its first
+            verdict was that; empty: it was. lenient: another reading of what counts as broken, that of
+            those who proposed it: the naive number uses it, and a note says what stands by it.
     """
 
     name: str
@@ -49,6 +54,9 @@ class Case:
     random: bool = False
     official: int = 50
     note: str = ""
+    samples: Callable[[int, int], Dataset] = samples
+    held: Literal["", "right", "wrong"] = ""
+    lenient: Callable[[nn.Module], Judge] | None = None
 
 
 def thorough(*through: Callable[[nn.Module], Seen], draws: int = 1, look: int = 1) -> tuple[Attack, ...]:

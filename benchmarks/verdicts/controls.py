@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Literal
+
 from torch import nn
 
+from epsball.data import Dataset
 from epsball.defenses import training
-from verdicts.bases import adversarial, fitted, network, seeded, standard
+from verdicts.bases import adversarial, color, fitted, network, samples, seeded, standard
 from verdicts.case import PGD, Case, thorough
 
 
@@ -19,10 +23,29 @@ def smooth() -> nn.Module:
     return seeded(lambda: nn.Sequential(nn.Flatten(), nn.Linear(784, 128), nn.GELU(), nn.Linear(128, 128), nn.GELU(), nn.Linear(128, 10)))
 
 
-def control(name: str, paper: str, model: object, radius: float = 0.2, note: str = "") -> Case:
+def control(
+    name: str,
+    paper: str,
+    model: Callable[[], nn.Module],
+    radius: float = 0.2,
+    note: str = "",
+    samples: Callable[[int, int], Dataset] = samples,
+    held: Literal["", "right", "wrong"] = "",
+) -> Case:
     """A case without a secret."""
-    assert callable(model)
-    return Case(name, paper, "control", model, PGD, thorough(), radius=radius, official=100, note=note)
+    return Case(
+        name,
+        paper,
+        "control",
+        model,
+        PGD,
+        thorough(),
+        radius=radius,
+        official=20 if samples is color else 50 if held else 100,
+        note=note,
+        samples=samples,
+        held=held,
+    )
 
 
 CASES = (
@@ -47,6 +70,13 @@ CASES = (
         lambda: fitted("noise", seeded(network), training.GaussianNoise(0.5), epochs=5),
         radius=0.1,
         note="sigma = 0.5 in training, one answer without noise",
+    ),
+    control(
+        "IBP",
+        "Gowal et al. 2018, arXiv 1810.12715",
+        lambda: fitted("ibp", seeded(network), training.ibp(), epochs=12, radius=0.1, by=training.by_robust),
+        radius=0.1,
+        note="certified training by intervals",
     ),
     control(
         "linear",

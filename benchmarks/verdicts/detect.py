@@ -54,7 +54,7 @@ CASES = (
             Climb(as_it_is, "cross-entropy", restarts=1),
             Climb(as_it_is, "aimed", steps=100),
         ),
-        judge=unless_rejected,
-        note="naive and true count a rejected input as not broken; the audit and AutoAttack count it as broken",
+        lenient=unless_rejected,
+        note="naive counts a rejected input as not broken; all others count it as broken, for nothing tells them what a class means",
     ),
 )

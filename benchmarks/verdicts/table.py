@@ -97,8 +97,9 @@ def best_official(row: Row) -> Result | None:
 def numbers(cases: list[tuple[Case, Row]]) -> list[str]:
     """The table of verdicts."""
     lines = [
-        "| case | kind | Linf | clean | naive | true | audited | trusted | flags and findings | AutoAttack | rand | n of AA | verdict |",
-        "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
+        "| case | kind | Linf | clean | naive | true | audited | trusted | flags and findings | AutoAttack | rand | n of AA "
+        "| verdict | first sight |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for case, row in cases:
         found, audit, official, rand = verdict(case, row), row["audit"], row["official"], row.get("rand")
@@ -107,7 +108,7 @@ def numbers(cases: list[tuple[Case, Row]]) -> list[str]:
         cells = [case.name, case.kind, f"{case.radius:g}", clean, percent(row["naive"], bounds=False), percent(row["true"])]
         cells += [percent(audit), "-" if audit is None else "yes" if audit["trustworthy"] else "no", spoken(audit)]
         cells += [percent(official, bounds=False), percent(rand, bounds=False)]
-        cells += ["-" if official is None or official["stands"] is None else str(len(official["stands"])), word]
+        cells += ["-" if official is None or official["stands"] is None else str(len(official["stands"])), word, case.held or "-"]
         lines.append(f"| {' | '.join(cells)} |")
     return lines
 
@@ -132,11 +133,21 @@ def notes(cases: list[tuple[Case, Row]]) -> list[str]:
     for case, row in cases:
         heard = sorted({line for stage in ("official", "rand") for line in (row.get(stage) or {}).get("said", [])})
         words = f" AutoAttack: {'; '.join(heard)}." if heard else ""
+        true = row.get("true") or {}
+        if "spared" in true:
+            words = f" Where it counts as not broken, {true['spared']} of {len(true['stands'])} stand under the same attacks.{words}"
         lines.append(f"- {case.name}: {case.paper}. {case.note[:1].upper() + case.note[1:] + '.' if case.note else ''}{words}")
     return lines
 
 
 def summary(cases: list[tuple[Case, Row]]) -> str:
+    """k of N right, and how many of those held out, now and at first sight."""
+    held = [(case, row) for case, row in cases if case.held]
+    first = [case.held for case, _ in held].count("right")
+    return f"{counted(cases)}; of {len(held)} held out {first} at first sight, {counted(held)} now"
+
+
+def counted(cases: list[tuple[Case, Row]]) -> str:
     """k of N right."""
     words = [verdict(case, row).right for case, row in cases]
     missing = words.count(None)

@@ -213,7 +213,8 @@ def _default(threat: Projects, classes: int) -> Iterator[Stage]:
         yield Stage(Restarts(start, 3, first=1), 60, near=0.2)
     close = 2 / 3 * NEAR if sparse else NEAR
     yield replace(_walks(threat, 60, 2, far=3, rounds=2), near=close)
-    yield replace(_aimed(threat, 20, 3, 9, classes), near=close, pays=0.1)
+    if not sparse:
+        yield replace(_aimed(threat, 20, 3, 9, classes), near=close, pays=0.1)
     yield replace(_walks(threat, 60, 4, far=3, rounds=2, first=2), near=VERY_NEAR)
 
 
