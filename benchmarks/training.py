@@ -361,7 +361,8 @@ ROBUST_TOLD = (
     "radius, then a step of 0.75; `trades`: beta 6, 7 steps; long: more epochs; bf16: computed in bfloat16. Robust accuracy of test images "
     "by `epsball.audit`, an upper bound on the true one, in percent with 95 % Clopper-Pearson intervals, which cover the choice of images "
     "only; one training a row. † marks what the audit itself does not trust. Training measures itself by ten steps of PGD (held out): no "
-    "verdict. `atta` was trained with the search's newer gradient (below), the other rows with the slower one before it."
+    "verdict. `pgd`, `trades`, `atta` and `pgd_bf16` were trained with the search's newer gradient (below), the others with the slower one "
+    "before it."
 )
 PILOTS = """The recipes were chosen by pilots: 10,000 training images, 10 epochs, PGD-10 on 500 held-out images, seed 0, one training each.
 
