@@ -108,10 +108,10 @@ def test_a_twins_search_goes_on_whoever_came_near() -> None:
     own, more = (
         stages_of(replace(sheet, sight=sight), sheet.rounds[0], "default") for sight in (replace(sheet.sight, hidden=()), sheet.sight)
     )
-    known = {repr(s.attack) for s in own}
-    added = [s for s in more if repr(s.attack) not in known]
+    known = {(repr(s.attack), s.near, s.pays) for s in own}
+    added = [s for s in more if (repr(s.attack), s.near, s.pays) not in known]
     assert [s.attack.name for s in added] == ["apgd_t", "apgd"]
-    assert all(s.near == 1.0 and s.victim is sheet.sight.victim for s in added)
+    assert all((s.near, s.pays) == (1.0, 0.0) and s.victim is sheet.sight.victim for s in added)
 
 
 def test_random_models_are_climbed_on_means_and_never_dropped() -> None:
