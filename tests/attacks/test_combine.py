@@ -11,11 +11,11 @@ import torch
 from lawkit import answers, bench, check_legal, check_nested, check_replay, radius_of
 from torch import Tensor
 
-from epsball.attacks import Cascade, EveryTarget, Restarts, SmallestRadius, by_logit, get, malt
-from epsball.core import Key, Outcome, Targeted, as_goal, valid
+from epsball.attacks import Cascade, EveryTarget, Restarts, SmallestRadius, by_logit, get, malt, outside_in
+from epsball.core import Attack, Key, Outcome, Targeted, as_goal, content_ids, valid
 from epsball.errors import BadInput
 from epsball.objectives import dlr_targeted, margin
-from epsball.threats import Linf
+from epsball.threats import Linf, named
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ def test_cascade_passes_the_seed_and_the_radius() -> None:
     log: list[Any] = []
     radius = torch.tensor([0.1, 0.2, 0.3, 0.4], dtype=torch.float64)
     Cascade((Fake(((0.2,),), log), Fake(((),), log)))(model, X, LABELS, radius, 7)
-    assert [entry[2] for entry in log] == [7, 7]
+    assert [entry[2] for entry in log] == [Key.of(7)] * 2
     assert torch.equal(log[1][3], radius[[0, 2, 3]])
 
 
@@ -122,6 +122,41 @@ def test_restarts_go_on_where_others_ended() -> None:
     Restarts(Fake(((),), whole), 3)(model, X, LABELS, 0.1, 5)
     Restarts(Fake(((),), rest), 2, first=1)(model, X, LABELS, 0.1, 5)
     assert [seed for _, _, seed, _ in rest] == [seed for _, _, seed, _ in whole[1:]]
+
+
+@pytest.mark.parametrize("wide", [1, 20, 1024])
+@pytest.mark.parametrize("threat", ["linf", "l2", "l1"])
+def test_runs_side_by_side_find_what_runs_in_turn_find(threat: str, wide: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Same successes, same inputs, bit for bit, whatever a batch may hold; only rows of runs that were not needed come on top."""
+    monkeypatch.setattr("epsball.attacks.combine.WIDE", wide)
+    b, radius = bench(4, n=12), 0.5 * radius_of(threat)
+    inner = Attack("apgd", named(threat), margin, get("apgd", threat=threat).strategy, 5)  # type: ignore[attr-defined]
+    walk = outside_in(8, named(threat), far=3, rounds=2)
+    for make in (
+        lambda abreast: Restarts(inner, 3, abreast=abreast),
+        lambda abreast: Restarts(walk, 3, first=2, abreast=abreast),
+        lambda abreast: EveryTarget(inner, 3, malt, abreast=abreast),
+        lambda abreast: Restarts(EveryTarget(inner, 2, by_logit, abreast=abreast), 3, abreast=abreast),
+    ):
+        for drop in (True, False):
+            turn, side = (make(abreast)(b.model, b.x, b.labels, radius, 3, drop=drop) for abreast in (None, True))
+            assert 0 < int(turn.reached[2:].sum()) < 10 or threat != "linf"
+            assert torch.equal(side.reached, turn.reached)
+            assert torch.equal(side.x_adv, turn.x_adv)
+            assert bool((side.queries >= turn.queries).all())
+            stood = ~turn.reached if drop else torch.ones_like(turn.reached)
+            assert torch.equal(side.queries[stood], turn.queries[stood])
+            assert torch.equal(side.backwards[stood], turn.backwards[stood])
+
+
+def test_runs_side_by_side_are_one_call_with_a_key_for_every_row() -> None:
+    log: list[Any] = []
+    whole = Restarts(Fake(((0.2,),), log), 3, abreast=True)(model, X, LABELS, 0.1, 5)
+    assert heard(log) == [[0.1, 0.2, 0.3, 0.4] * 3]
+    assert whole.queries.tolist() == [7] * 4
+    drawn = log[0][2].uniform(content_ids(X.repeat(3, 1)), X.repeat(3, 1)).view(3, 4, 2)
+    keys = [Key.of(5), *(Key.of(5).fold("restart", number) for number in (1, 2))]
+    assert torch.equal(drawn, torch.stack([key.uniform(content_ids(X), X) for key in keys]))
 
 
 def test_every_target_goes_through_the_classes_in_order() -> None:

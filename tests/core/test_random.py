@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -37,6 +38,24 @@ def test_paths_do_not_collide() -> None:
     ids = content_ids(x)
     keys = [Key((0,)), Key((1,)), Key((0, "1")), Key((0, 1)), Key((0, "a", "b")), Key((0, "ab")), Key((0, "a", 0, "b")), Key((0, "a,b"))]
     assert len({tuple(k.uniform(ids, x)[0].tolist()) for k in keys}) == len(keys)
+
+
+def test_rows_of_one_batch_may_have_keys_of_their_own() -> None:
+    """`branch` and `fold` in any order, and `take`: every row draws what its own path draws."""
+    x = tensor(rng(2).random((6, 3)))
+    ids, numbers, more = content_ids(x), torch.tensor([2, 0, 1, 1, 2, 0]), torch.tensor([1, 1, 0, 0, 1, 0])
+    key = Key.of(4).branch(numbers, lambda key, number: key.fold("run", number) if number else key).fold("deep")
+    key = key.branch(more, lambda key, number: key.fold("target", number)).fold("end")
+    drawn = key.normal(ids, x)
+    for row, (number, target) in enumerate(zip(numbers.tolist(), more.tolist(), strict=True)):
+        path = Key.of(4).fold("run", number) if number else Key.of(4)
+        own = path.fold("deep", "target", target, "end")
+        assert torch.equal(own.normal(ids[row : row + 1], x[row : row + 1])[0], drawn[row])
+    rows = torch.tensor([4, 4, 1])
+    assert torch.equal(key.take(rows).normal(ids[rows], x[rows]), drawn[rows])
+    assert Key.of(4).branch(torch.tensor([3, 3]), lambda key, number: key.fold(number)) == Key((4, 3))
+    with pytest.raises(ValueError, match="longer"):
+        key.normal(ids[:2], x[:2])
 
 
 def test_moments() -> None:

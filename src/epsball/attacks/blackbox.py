@@ -181,9 +181,9 @@ class BlackBox:
     ) -> Outcome:
         """As `Attack.__call__`."""
         with Victim.of(model) as victim:
-            case = opened(victim, x, goal, radius, clean)
+            case = opened(victim, x, goal, radius, clean, seed)
             parts = Cascade(tuple(share.attack for share in self._shares(victim.access)), self.name)
-            outcome = parts(victim, case.x, case.goal, case.radius, seed, clean=case.clean, drop=drop, watch=watch)
+            outcome = case.run(parts, drop, watch)
         return replace(outcome, queries=outcome.queries + case.queries)
 
     def _shares(self, access: Access) -> Iterator[Share]:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from epsball.core import Aimed, AttackLike, Goal, Key, Model, Outcome, Projects, Tally, Untargeted, Victim, Watch, as_goal, valid
 from epsball.core.attack import check_inputs, check_labels, recipe
-from epsball.core.rows import moved
+from epsball.core.rows import moved, take
 from epsball.errors import BadInput
 
 
@@ -23,14 +23,20 @@ class Case:
     goal: Goal
     radius: Tensor
     clean: Tensor
+    key: Key
     queries: int  # rows forward per sample spent on the clean outputs
 
     def take(self, rows: Tensor) -> Case:
         """The same call for some of the samples."""
-        return replace(self, x=self.x[rows], goal=self.goal.take(rows), radius=self.radius[rows], clean=self.clean[rows])
+        x, goal, radius = self.x[rows], self.goal.take(rows), self.radius[rows]
+        return replace(self, x=x, goal=goal, radius=radius, clean=self.clean[rows], key=self.key.take(rows))
+
+    def run(self, attack: AttackLike, drop: bool, watch: Watch | None) -> Outcome:
+        """What the attack makes of it."""
+        return attack(self.victim, self.x, self.goal, self.radius, self.key, clean=self.clean, drop=drop, watch=watch)
 
 
-def opened(model: Model, x: Tensor, goal: Goal | Tensor, radius: float | Tensor, clean: Tensor | None) -> Case:
+def opened(model: Model, x: Tensor, goal: Goal | Tensor, radius: float | Tensor, clean: Tensor | None, seed: int | Key) -> Case:
     """Checks the arguments of a call and asks for the clean outputs if nobody has them."""
     victim = Victim.of(model)
     x, aim = moved(x, victim.device), moved(as_goal(goal), victim.device)
@@ -38,7 +44,7 @@ def opened(model: Model, x: Tensor, goal: Goal | Tensor, radius: float | Tensor,
     asked = clean is None
     clean = victim.outputs(x, Tally.zeros(len(x))) if clean is None else moved(clean, victim.device)
     check_labels(aim, clean)
-    return Case(victim, x, aim, radii, clean, int(asked))
+    return Case(victim, x, aim, radii, clean, Key.of(seed), int(asked))
 
 
 def nothing(case: Case, threat: Projects, steps: int) -> Outcome:
@@ -80,6 +86,10 @@ def merged(whole: Outcome, rows: Tensor, part: Outcome, smallest: bool = False) 
 
 
 Stage = Callable[[Case, Tensor], Outcome]
+Turn = Callable[[Case, Tensor, Tensor], Case]
+"""(some samples, which of the call's they are (R,), run (R,)) -> what each of them is given in that run of an attack."""
+WIDE = 1024
+"""Rows of a batch that runs side by side may fill."""
 
 
 def _union(case: Case, threat: Projects, stages: list[Stage], steps: int, drop: bool) -> Outcome:
@@ -94,16 +104,47 @@ def _union(case: Case, threat: Projects, stages: list[Stage], steps: int, drop: 
     return whole
 
 
+def _repeated(case: Case, attack: AttackLike, turn: Turn, runs: range, abreast: bool, drop: bool, watch: Watch | None) -> Outcome:
+    """Runs of one attack in turn, or side by side: the same successes, in fewer and larger batches."""
+    threat = attack.threat.within(case.victim.box)
+    if abreast:
+        return _abreast(case, attack, threat, turn, runs, drop, watch)
+
+    def stage(number: int) -> Stage:
+        return lambda c, rows: turn(c, rows, torch.full_like(rows, number)).run(attack, drop, watch)
+
+    return _union(case, threat, [stage(number) for number in runs], len(runs), drop)
+
+
+def _abreast(case: Case, attack: AttackLike, threat: Projects, turn: Turn, runs: range, drop: bool, watch: Watch | None) -> Outcome:
+    whole, count = nothing(case, threat, len(runs)), len(runs)
+    begun = (~whole.reached & ~whole.flags["invalid"]).nonzero().squeeze(1)
+    for rows in torch.split(begun, max(WIDE, len(begun)) // count or 1) if len(begun) else ():
+        several, numbers = rows.repeat(count), torch.arange(runs.start, runs.stop, device=rows.device).repeat_interleave(len(rows))
+
+        def samples(step: int, steps: int, left: int, most: int = len(rows)) -> None:
+            if watch is not None:
+                watch(step, steps, min(left, most))
+
+        found = turn(case.take(several), several, numbers).run(attack, drop, samples)
+        for first in range(0, len(several), len(rows)):
+            whole = merged(whole, rows, take(found, slice(first, first + len(rows))))
+    return whole
+
+
 @dataclass(frozen=True, repr=False)
 class Restarts:
     """`count` runs of one attack, each with fresh noise, on the samples that still stand. More never lose a success.
 
-    `first` is the number of the first run: to go on where others, of that many runs, have ended.
+    `first` is the number of the first run: to go on where others, of that many runs, have ended. `abreast` has all runs of a
+    sample side by side in one batch: the same result in up to `count` times fewer calls of the model, for the rows of runs
+    that would not have been needed.
     """
 
     attack: AttackLike
     count: int
     first: int | None = None
+    abreast: bool | None = None
 
     @property
     def name(self) -> str:
@@ -129,25 +170,25 @@ class Restarts:
     ) -> Outcome:
         """As `Attack.__call__`. Cost: at most `count` times the attack's."""
 
-        def stage(number: int) -> Stage:
-            key = Key.of(seed).fold("restart", number) if number else Key.of(seed)
-            return lambda c, _: self.attack(c.victim, c.x, c.goal, c.radius, key, clean=c.clean, drop=drop, watch=watch)
+        def own(key: Key, number: int) -> Key:
+            return key.fold("restart", number) if number else key
+
+        def turn(c: Case, _: Tensor, numbers: Tensor) -> Case:
+            return replace(c, key=c.key.branch(numbers, own))
 
         with Victim.of(model) as victim:
-            case = opened(victim, x, goal, radius, clean)
-            first = self.first or 0
-            stages = [stage(number) for number in range(first, first + self.count)]
-            return _union(case, self.threat.within(case.victim.box), stages, self.count, drop)
+            case, first = opened(victim, x, goal, radius, clean, seed), self.first or 0
+            return _repeated(case, self.attack, turn, range(first, first + self.count), bool(self.abreast), drop, watch)
 
     def __repr__(self) -> str:
         return recipe(self)
 
 
-def restarted(attack: AttackLike, count: int) -> AttackLike:
+def restarted(attack: AttackLike, count: int, abreast: bool | None = None) -> AttackLike:
     """`attack` itself for one run, else `Restarts`."""
     if count < 1:
         raise BadInput(f"restarts: {count}: must be 1 or more")
-    return attack if count == 1 else Restarts(attack, count)
+    return attack if count == 1 else Restarts(attack, count, abreast=abreast)
 
 
 @dataclass(frozen=True, repr=False)
@@ -177,10 +218,10 @@ class Cascade:
         """As `Attack.__call__`. Cost: at most the sum of the attacks'."""
 
         def stage(attack: AttackLike) -> Stage:
-            return lambda c, _: attack(c.victim, c.x, c.goal, c.radius, seed, clean=c.clean, drop=drop, watch=watch)
+            return lambda c, _: c.run(attack, drop, watch)
 
         with Victim.of(model) as victim:
-            case = opened(victim, x, goal, radius, clean)
+            case = opened(victim, x, goal, radius, clean, seed)
             return _union(case, self.threat.within(case.victim.box), [stage(attack) for attack in self.attacks], len(self.attacks), drop)
 
     def __repr__(self) -> str:
@@ -193,12 +234,16 @@ Order = Callable[[Victim, Tensor, Tensor, Tensor, Projects, int, Tally], Tensor]
 
 @dataclass(frozen=True, repr=False)
 class EveryTarget:
-    """An aimed attack at the `count` most promising other classes in turn; fewer when the model has fewer classes."""
+    """An aimed attack at the `count` most promising other classes in turn; fewer when the model has fewer classes.
+
+    `abreast` as of `Restarts`.
+    """
 
     attack: AttackLike
     count: int
     order: Order
     name: str = "every_target"
+    abreast: bool | None = None
 
     def __post_init__(self) -> None:
         if self.count < 1:
@@ -223,7 +268,7 @@ class EveryTarget:
     ) -> Outcome:
         """As `Attack.__call__`, for untargeted goals. Cost: that of the order, then at most `count` times the attack's."""
         with Victim.of(model) as victim:
-            case = opened(victim, x, goal, radius, clean)
+            case = opened(victim, x, goal, radius, clean, seed)
             if not isinstance(case.goal, Untargeted):
                 raise BadInput(f"attack '{self.name}': chooses its own targets, so it takes labels only: use the inner attack for a target")
             labels, count = case.goal.labels, min(self.count, case.clean.shape[1] - 1)
@@ -235,15 +280,11 @@ class EveryTarget:
                 ordered = self.order(victim, case.x[begun], labels[begun], case.clean[begun], threat, count, tally.take(begun))
                 targets = targets.index_copy(0, begun, ordered)
 
-            def stage(rank: int) -> Stage:
-                def run_stage(c: Case, rows: Tensor) -> Outcome:
-                    aimed = Aimed(labels[rows], targets[rows, rank])
-                    key = Key.of(seed).fold("target", rank)
-                    return self.attack(c.victim, c.x, aimed, c.radius, key, clean=c.clean, drop=drop, watch=watch)
+            def turn(c: Case, rows: Tensor, ranks: Tensor) -> Case:
+                key = c.key.branch(ranks, lambda key, rank: key.fold("target", rank))
+                return replace(c, goal=Aimed(labels[rows], targets[rows, ranks]), key=key)
 
-                return run_stage
-
-            whole = _union(case, self.threat.within(case.victim.box), [stage(rank) for rank in range(count)], count, drop)
+            whole = _repeated(case, self.attack, turn, range(count), bool(self.abreast), drop, watch)
         return replace(whole, queries=whole.queries + tally.forwards, backwards=whole.backwards + tally.backwards)
 
     def __repr__(self) -> str:
@@ -289,7 +330,7 @@ class SmallestRadius:
         """
         with Victim.of(model) as victim:
             box_reach = self.threat.within(victim.box).reach(x.to(victim.device)) if radius is None else radius
-            case = opened(victim, x, goal, box_reach, clean)
+            case = opened(victim, x, goal, box_reach, clean, seed)
             whole = nothing(case, self.threat.within(case.victim.box), self.rounds)
             low, high = torch.zeros_like(case.radius), case.radius.clone()
             rows = (~whole.reached & ~whole.flags["invalid"]).nonzero().squeeze(1)
@@ -297,9 +338,8 @@ class SmallestRadius:
                 if not len(rows):
                     break
                 ask = high if number == 0 else (low + high) / 2
-                c = replace(case.take(rows), radius=ask[rows])
-                key = Key.of(seed).fold("round", number)
-                part = self.attack(victim, c.x, c.goal, c.radius, key, clean=c.clean, drop=drop, watch=watch)
+                c = case.take(rows)
+                part = replace(c, radius=ask[rows], key=c.key.fold("round", number)).run(self.attack, drop, watch)
                 whole = merged(whole, rows, part, smallest=True)
                 high[rows] = torch.where(part.reached, torch.minimum(part.size, high[rows]), high[rows])
                 low[rows] = torch.where(part.reached, low[rows], ask[rows])

@@ -181,18 +181,19 @@ class OutsideIn:
     ) -> Outcome:
         """As `Attack.__call__`. Where the box has no end nothing is far, nothing is searched and nothing spent."""
         with Victim.of(model) as victim:
-            case = opened(victim, x, goal, radius, clean)
+            case = opened(victim, x, goal, radius, clean, seed)
             whole = nothing(case, self.threat.within(victim.box), self.steps)
             rows = (~whole.reached & ~whole.flags["invalid"]).nonzero().squeeze(1)
             reach = self.far.threat.within(victim.box).reach(case.x)[rows]
             if not len(rows) or not bool(torch.isfinite(reach).all()):
                 return whole
-            c, key = case.take(rows), Key.of(seed).fold(self.name)
-            away = self.far(victim, c.x, c.goal, reach, key, clean=c.clean, drop=drop, watch=watch)
+            part = case.take(rows)
+            c = replace(part, key=part.key.fold(self.name))
+            away = replace(c, radius=reach).run(self.far, drop, watch)
             # From 40 times as far as the end, say: exp(-gamma * steps / 2) is how far the ball can shrink.
             gamma, share = min(7.5 / max(self.steps, 1), 0.3), 0.1 if isinstance(self.threat, L1) else 0.3
             walk = inward(self.threat, away.x_adv, self.steps, share, gamma, smallest=self.smallest)
-            found = walk(victim, c.x, c.goal, c.radius, key, clean=c.clean, drop=drop, watch=watch)
+            found = c.run(walk, drop, watch)
             spent = replace(found, queries=found.queries + away.queries, backwards=found.backwards + away.backwards)
         return merged(whole, rows, spent, smallest=self.smallest)
 

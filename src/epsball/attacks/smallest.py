@@ -127,25 +127,23 @@ class Nearest:
     ) -> Outcome:
         """As `Attack.__call__`; `radius` is the largest change of interest, None all that the box allows."""
         with Victim.of(model) as victim:
-            case = opened(victim, x, goal, torch.inf if radius is None else radius, clean)
-            threat, key = self.threat.within(victim.box), Key.of(seed).fold(self.name)
+            case = opened(victim, x, goal, torch.inf if radius is None else radius, clean, Key.of(seed).fold(self.name))
+            threat = self.threat.within(victim.box)
             whole = nothing(case, threat, 1)
             rows = (~whole.reached & ~whole.flags["invalid"]).nonzero().squeeze(1)
             if not len(rows):
                 return whole
             part, begun = case.take(rows), replace(nothing(case.take(rows), threat, 1), queries=torch.zeros_like(rows.cpu()))
-            found = self._near(part, begun, key, drop, watch)
+            found = self._near(part, begun, drop, watch)
             for number, walk in enumerate(self.walks):
-                begin = key.fold("walk", number)
-                walked = walk(victim, part.x, part.goal, part.radius, begin, clean=part.clean, drop=drop, watch=watch)
-                found = _better(found, walked)
+                found = _better(found, replace(part, key=part.key.fold("walk", number)).run(walk, drop, watch))
             last = inward(threat, found.x_adv, self.polish, 0.3, 0.03)
-            found = _better(found, last(victim, part.x, part.goal, part.radius, key, clean=part.clean, drop=drop, watch=watch))
+            found = _better(found, part.run(last, drop, watch))
         return merged(whole, rows, found, smallest=True)
 
-    def _near(self, c: Case, found: Outcome, key: Key, drop: bool, watch: Watch | None) -> Outcome:
+    def _near(self, c: Case, found: Outcome, drop: bool, watch: Watch | None) -> Outcome:
         """The quick search, then the same toward each of the nearest classes, within what is found so far."""
-        found = _better(found, self.first(c.victim, c.x, c.goal, c.radius, key, clean=c.clean, drop=drop, watch=watch))
+        found = _better(found, c.run(self.first, drop, watch))
         count = min(self.targets, c.clean.shape[1] - 1)
         if not isinstance(c.goal, Untargeted) or count < 2:
             return found
@@ -154,8 +152,7 @@ class Nearest:
         found = replace(found, queries=found.queries + tally.forwards, backwards=found.backwards + tally.backwards)
         for rank in range(count):
             goal, within = Aimed(labels, order[:, rank]), torch.where(found.reached, _less(self.threat, found.size), c.radius)
-            step = key.fold("target", rank)
-            found = _better(found, self.aimed(c.victim, c.x, goal, within, step, clean=c.clean, drop=drop, watch=watch))
+            found = _better(found, replace(c, goal=goal, radius=within, key=c.key.fold("target", rank)).run(self.aimed, drop, watch))
         return found
 
     def __repr__(self) -> str:
@@ -184,8 +181,8 @@ class Counted:
     ) -> Outcome:
         """As `Attack.__call__`; successes of more than `radius` pixels come back as failures."""
         with Victim.of(model) as victim:
-            case = opened(victim, x, goal, radius, clean)
-            found = self.search(victim, case.x, case.goal, torch.inf, seed, clean=case.clean, drop=drop, watch=watch)
+            case = opened(victim, x, goal, radius, clean, seed)
+            found = self.search(victim, case.x, case.goal, torch.inf, case.key, clean=case.clean, drop=drop, watch=watch)
             whole = nothing(case, self.threat.within(victim.box), found.steps)
             size = self.threat.size(case.x, found.x_adv)
         rows = (found.reached & (size <= case.radius)).nonzero().squeeze(1)

@@ -207,10 +207,10 @@ def _default(threat: Projects, classes: int) -> Iterator[Stage]:
         yield _walks(threat, 30, 3, far=3, rounds=2)
     start = apgd(20, threat=threat, objective=margin)
     if linf:
-        yield Stage(restarted(start, 2), 40)
+        yield Stage(restarted(start, 2, abreast=True), 40)
     elif sparse:
         yield Stage(start, 20, near=0.5)
-        yield Stage(Restarts(start, 3, first=1), 60, near=0.2)
+        yield Stage(Restarts(start, 3, first=1, abreast=True), 60, near=0.2)
     close = 2 / 3 * NEAR if sparse else NEAR
     yield replace(_walks(threat, 60, 2, far=3, rounds=2), near=close)
     if not sparse:
@@ -234,12 +234,14 @@ def _aimed(threat: Projects, steps: int, restarts: int, targets: int, classes: i
         return Stage(apgd(steps, restarts, threat=threat, objective=margin), steps * restarts)
     count = min(targets, classes - 1)
     # Aimed at the margin, not at targeted DLR: on robust models it breaks more in the same steps.
-    return Stage(apgd_t(steps, targets=count, threat=threat, objective=margin), steps * count + count + 4)
+    aimed = replace(apgd_t(steps, targets=count, threat=threat, objective=margin), abreast=True)
+    return Stage(aimed, steps * count + count + 4)
 
 
 def _walks(threat: Projects, steps: int, count: int, far: int, rounds: int, first: int | None = None) -> Stage:
     walk = outside_in(steps, threat, far, rounds)
-    return Stage(Restarts(walk, count, first) if first else restarted(walk, count), count * (steps + (rounds + 1) * far))
+    many = Restarts(walk, count, first, abreast=True) if first else restarted(walk, count, abreast=True)
+    return Stage(many, count * (steps + (rounds + 1) * far))
 
 
 def _variable(threat: Projects, steps: int, targets: int, classes: int) -> Stage:

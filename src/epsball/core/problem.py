@@ -41,7 +41,7 @@ class Problem:
     Attributes:
         victim: the model. x: clean inputs (B, ...). goal, threat, objective: the adversary.
         radius: budget (B,) float64. ids: content hashes (B,). clean: clean outputs (B, C), computed once.
-        key: the randomness of this attack. tally: the ledger that every query is written to.
+        key: the randomness of this attack, for all rows or for each. tally: the ledger that every query is written to.
     """
 
     victim: Victim
@@ -69,7 +69,7 @@ class Problem:
             radius=self.radius[rows],
             ids=self.ids[rows],
             clean=self.clean[rows],
-            key=self.key,
+            key=self.key.take(rows),
             tally=self.tally.take(rows),
         )
 

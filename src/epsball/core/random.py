@@ -7,11 +7,14 @@ generators (Salmon et al. 2011), one per row; about 12 microseconds for an MNIST
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from epsball.core.rows import Rows
 
 
 def content_ids(x: Tensor) -> Tensor:
@@ -24,9 +27,14 @@ def content_ids(x: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Key:
-    """A place in the tree of random draws; `fold` goes one level down. Equal keys give equal noise, on any machine."""
+    """A place in the tree of random draws; `fold` goes one level down. Equal keys give equal noise, on any machine.
+
+    Rows of one batch may stand at different places: then these are `ways`, and `which` (B,) says which of them is whose.
+    """
 
     path: tuple[int | str, ...]
+    ways: tuple[Key, ...] = ()
+    which: Tensor | None = None
 
     @staticmethod
     def of(seed: int | Key) -> Key:
@@ -35,13 +43,29 @@ class Key:
 
     def fold(self, *parts: int | str) -> Key:
         """The key below this one that `parts` name."""
+        if self.ways:
+            return replace(self, ways=tuple(way.fold(*parts) for way in self.ways))
         return Key((*self.path, *parts))
 
+    def branch(self, numbers: Tensor, way: Callable[[Key, int], Key]) -> Key:
+        """Row b goes on as `way(its key, numbers[b])` would, whole numbers (B,) from 0 on."""
+        found = set(numbers.tolist())
+        if len(found) == 1:
+            return way(self, found.pop())
+        here, count = self.ways or (self,), max(found) + 1
+        old = torch.zeros_like(numbers) if self.which is None else self.which
+        return Key(self.path, tuple(way(key, number) for key in here for number in range(count)), count * old + numbers)
+
+    def take(self, rows: Rows) -> Key:
+        """The keys of some of the rows."""
+        return self if self.which is None else replace(self, which=self.which[rows])
+
     def _generators(self, ids: Tensor) -> list[np.random.Generator]:
-        prefix = hashlib.blake2b(repr(self.path).encode(), digest_size=16)
+        prefixes = [hashlib.blake2b(repr(key.path).encode(), digest_size=16) for key in self.ways or (self,)]
+        which = [0] * len(ids) if self.which is None else self.which.tolist()
         generators = []
-        for sample in ids.tolist():
-            digest = prefix.copy()
+        for sample, way in zip(ids.tolist(), which, strict=True):
+            digest = prefixes[way].copy()
             digest.update(int(sample).to_bytes(8, "little", signed=True))
             generators.append(np.random.Generator(np.random.Philox(key=int.from_bytes(digest.digest(), "little"))))
         return generators

@@ -41,11 +41,12 @@ def shown(problem: Problem, transform: Transform) -> Problem:
 
     Its answers are those to transformed inputs: take its gradients, never its successes.
     """
-    ids = torch.zeros(len(problem.tally.forwards), dtype=torch.int64)
-    ids[problem.tally.rows] = problem.ids.cpu()
+    ids, place = problem.ids.cpu(), torch.zeros(len(problem.tally.forwards), dtype=torch.int64)
+    place[problem.tally.rows] = torch.arange(len(problem))
 
     def lens(x: Tensor, tally: Tally) -> Tensor:
-        return transform(x, problem.key, fresh(ids[tally.rows], tally))
+        rows = place[tally.rows]
+        return transform(x, problem.key.take(rows), fresh(ids[rows], tally))
 
     return replace(problem, victim=problem.victim.through(lens))
 

@@ -269,7 +269,9 @@ def _fork_generators() -> Callable[[], None]:
     devices: Sequence[Tensor] = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
     random.seed(0)
     np.random.seed(0)  # noqa: NPY002
-    torch.manual_seed(0)
+    torch.default_generator.manual_seed(0)  # torch.manual_seed would format three stack traces first, a millisecond each time
+    if devices:
+        torch.cuda.manual_seed_all(0)
 
     def restore() -> None:
         random.setstate(python)
