@@ -11,6 +11,7 @@ import torch
 from hypothesis import HealthCheck, settings
 
 torch.set_num_threads(1)
+os.environ["EPSBALL_CACHE"] = ""  # no test reads or writes what the user's own audits remember
 sys.path.insert(0, str(Path(__file__).parent / "laws"))
 
 _CALM = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow, HealthCheck.data_too_large]}

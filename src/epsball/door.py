@@ -265,6 +265,7 @@ def audit_loaded(
             settings=settings,
             started=started.isoformat(timespec="seconds"),
             seconds=time.perf_counter() - clock,
+            canaries=done.canaries,
             partial=done.partial,
             notes=[*dataset.notes, *(note for one in loaded for note in (*one.notes, *told(one.victim)))],
         )

@@ -197,7 +197,7 @@ COSTS = {
     "no bound 1": (41, 40),
     "planted inputs: fit": (50, 0),
     "planted inputs: chance": (51, 0),
-    "planted inputs: search": (163, 160),
+    "planted inputs: search": (82, 80),
 }
 
 

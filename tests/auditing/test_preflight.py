@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import epsball as eb
-from epsball.auditing.preflight import are_probabilities, preflight
+from epsball.auditing.preflight import are_probabilities, examine, look, preflight
 from epsball.auditing.results import ModelReport, Report
 from epsball.auditing.run import canaries
 from epsball.core import Victim
@@ -78,6 +78,29 @@ def test_each_fault_gets_its_finding_and_no_other(name: str) -> None:
 @pytest.mark.parametrize("name", ["digits-standard", "digits-robust"])
 def test_honest_digit_models_have_no_finding(name: str) -> None:
     assert found(eb.load_model(name)) == {}
+
+
+def test_the_contract_check_costs_what_it_says() -> None:
+    forwards, backwards = 0, 0
+
+    def counted(net: nn.Module, x: Tensor) -> Tensor:
+        def back(gradient: Tensor) -> None:
+            nonlocal backwards
+            backwards += len(gradient)
+
+        nonlocal forwards
+        forwards += len(x)
+        if x.requires_grad:
+            x.register_hook(back)
+        return net(x)
+
+    model, data = Around(counted), digits(64)
+    right = int((model(data.x).argmax(1) == data.y).sum())
+    bench = look(eb.wrap(model), data.x, data.y)
+    forwards = 0
+    examine(bench)
+    assert 0.9 * 64 < right <= 64  # so that no other scaling is tried
+    assert (forwards, backwards) == (4 * 64 + 32 + 8 * right, 4 * right)
 
 
 def test_an_honest_linear_model_has_no_finding() -> None:
@@ -133,6 +156,18 @@ def test_a_blocked_model_is_audited_but_not_trusted(name: str, tmp_path: Path) -
     assert faults == {expected: "block"}
     assert expected in blocked(model)
     assert not any(r.trustworthy for r in model.results)
+
+
+@pytest.mark.doubt
+def test_where_answers_depend_on_the_batch_searches_are_not_compared(tmp_path: Path) -> None:
+    models = {"crowded": eb.wrap(CANARIES["batch mean"][0]()), "honest": eb.load_model("digits-standard")}
+    crowded, honest = eb.audit(models, digits(32), "linf:0.1", effort="fast", out=tmp_path / "run").models
+    asked, checked = ([a.name for a in model.results[0].attacks if a.name.startswith("check: ")] for model in (crowded, honest))
+    assert asked == []
+    assert {"check: cross_entropy", "check: margin", "check: transfer"} <= {*checked}
+    assert blocked(crowded) - {"unconfirmed"} == {"batch"}
+    assert "checks that compare them were left out" in next(f.message for f in crowded.flags if f.id == "batch")
+    assert blocked(honest) == set()
 
 
 def test_a_model_without_gradients_is_attacked_without_gradients(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

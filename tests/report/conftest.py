@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from epsball.auditing.results import AttackRow, ClassRate, Finding, Flag, ModelReport, Rate, Report, Result
+from epsball.auditing.results import AttackRow, Canaries, ClassRate, Finding, Flag, ModelReport, Rate, Report, Result
 
 RADII = {"linf": ((0.05, "0.05"), (0.1, "0.1"), (0.2, "0.2")), "l2": ((0.5, "0.5"), (1.0, "1.0")), "l1": ((3.0, "3"),)}
 EVIL = (
@@ -122,7 +122,16 @@ def hostile() -> Report:
     evil = evil.model_copy(update={"flags": [warn]})
     worse = model(EVIL, 1.0, data=EVIL, source=EVIL, results=[bad])
     return report(
-        evil, worse, run=EVIL, command=EVIL, notes=[EVIL], settings={EVIL: EVIL}, versions={EVIL: EVIL}, effort=EVIL, started=EVIL
+        evil,
+        worse,
+        run=EVIL,
+        command=EVIL,
+        notes=[EVIL],
+        settings={EVIL: EVIL},
+        versions={EVIL: EVIL},
+        effort=EVIL,
+        started=EVIL,
+        canaries=Canaries(judged=EVIL, code=EVIL),
     )
 
 

@@ -149,7 +149,7 @@ def cases(planted: Planted) -> Iterator[tuple[str, Callable[[nn.Module, Tensor],
 def misjudged(look: Look, threats: tuple[str, ...]) -> Iterator[str]:
     """One sentence for every planted model that an audit would judge wrongly; under the norms among `threats`, and Linf.
 
-    Cost: some thousand rows of a linear model with 16 inputs: about a second.
+    Cost: some thousand rows of a linear model with 16 inputs: about two seconds of a processor.
     """
     planted = Planted.make()
     for norm, dual in NORMS.items():

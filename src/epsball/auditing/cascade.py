@@ -103,13 +103,16 @@ def cascade(sheet: Sheet, referee: Referee, effort: str, seed: int, drop: bool, 
 
 
 def doubt(sheet: Sheet, referee: Referee, current: Round, effort: str, seed: int) -> None:
-    """The checks of a round whose attacks have all run; with them it is finished."""
+    """The checks of a round whose attacks have all run; with them it is finished.
+
+    Left out where answers depend on the batch: searches drop samples, so each asks other batches.
+    """
     scene = Scene(sheet, referee, current, seed, sheet.sight.victim)
     if current.beyond:
         current.flags.append(masked(sheet, current))
     if not sheet.shown:
         current.flags += queries_suffice(scene, current.late)
-    elif not sheet.sight.dead:
+    elif not sheet.sight.dead and not sheet.found("batch"):
         last = current is [r for r in sheet.rounds if r.threat == current.threat][-1]
         checks = ROUND_CHECKS + (FINAL_CHECKS if last else ())
         current.flags += told_once(flag for check in checks for flag in check(scene))

@@ -21,7 +21,7 @@ from epsball.objectives import cross_entropy, margin
 from epsball.threats import Linf
 
 SAMPLE = 128
-"""Most samples that a check looks at; checks cost about 9 forward and 4 backward rows for each of them."""
+"""Most samples that a check looks at; checks cost at most about 16 forward and 4 backward rows for each of them."""
 FEW, ALONE = 32, 8
 """The same for victims without gradients, whose every row may be paid for: about 2 rows each; and how many of them are asked alone."""
 
@@ -141,7 +141,8 @@ def independent(bench: Bench) -> Iterator[Finding]:
     if worst > 1e-3:
         message = (
             f"Answers depend on the batch: alone or in a batch of {len(bench.x)}, "
-            f"scores differ by {worst:.1e} of their range (batch statistics?)."
+            f"scores differ by {worst:.1e} of their range (batch statistics?). "
+            "Searches ask other batches, so checks that compare them were left out."
         )
         yield Finding(id="batch", status="block", message=message)
     else:
@@ -289,7 +290,8 @@ def examine(bench: Bench, *, seed: int = 0, normalization: tuple[Tensor, Tensor]
         bench: the samples, asked once. seed: of the small shifts at which gradients are looked at.
         normalization: (mean, std) that the adapter applies, in shapes that broadcast against x, if any.
 
-    Cost: about 9 forward and 4 backward rows for each sample looked at; without gradients 1, and 3 where more than a tenth is wrong.
+    Cost: about 12 forward and 4 backward rows for each sample looked at, and 3 or 4 more where a tenth or more is wrong; without
+        gradients about 1, and those 3.
     """
     with bench.victim:
         findings = [*answers(bench), *steady(bench, fingerprint(bench.victim.model))]

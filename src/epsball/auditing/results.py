@@ -185,6 +185,13 @@ class ModelReport(Plain):
         return Verdicts(self.results)
 
 
+class Canaries(Plain):
+    """When planted models whose truth is known were judged, and by what."""
+
+    judged: str = Field(description="UTC, ISO 8601; before `started`: not in this run, but by the same code on the same kind of machine")
+    code: str = Field(description="digest of source files, libraries, processor and settings of torch; empty: not known, so not remembered")
+
+
 class Report(Plain):
     """One run of `epsball audit`."""
 
@@ -198,6 +205,7 @@ class Report(Plain):
     settings: dict[str, str] = {}
     started: str = Field(default="", description="UTC, ISO 8601")
     seconds: float = 0.0
+    canaries: Canaries | None = Field(default=None, description="when the tool itself was last put to the test; None: interrupted before")
     partial: bool = Field(default=False, description="true: interrupted; every number is still a valid upper bound")
     notes: list[str] = Field(default=[], description="what was done to the data and the model on the way in, a sentence each")
 

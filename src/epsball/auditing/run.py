@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import datetime
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cache
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -13,9 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from epsball.attacks import fgsm, noise
+from epsball.auditing import remembered
 from epsball.auditing.blocks import Turn
 from epsball.auditing.bracket import prove
-from epsball.auditing.canaries import misjudged
+from epsball.auditing.canaries import NORMS, misjudged
 from epsball.auditing.cascade import Tick, attack_round, eight_bit, planned_rows, stages_of
 from epsball.auditing.checks import CONTRACT_CHECKS, Scene, rounding_matters, transfer_finds_nothing
 from epsball.auditing.cost import Estimate, most_forwards
@@ -23,7 +24,7 @@ from epsball.auditing.plan import QUERIES
 from epsball.auditing.preflight import are_probabilities, examine, look
 from epsball.auditing.react import After, react
 from epsball.auditing.referee import Referee
-from epsball.auditing.results import Finding, ModelReport
+from epsball.auditing.results import Canaries, Finding, ModelReport
 from epsball.auditing.sheet import Sheet, Subject
 from epsball.auditing.stopping import Limits, Stopping
 from epsball.auditing.union import text, unions
@@ -39,6 +40,8 @@ T = TypeVar("T")
 
 FORMAT = 1
 """Version of the evidence file."""
+_RIGHT: dict[tuple[tuple[str, ...], str], Canaries] = {}
+"""By norms and digest: when this process has last known the canaries to be judged right."""
 
 
 class Progress(Protocol):
@@ -83,10 +86,11 @@ class Plan:
 
 @dataclass(frozen=True)
 class Audited:
-    """What a run gives: plain results, and whether it was interrupted."""
+    """What a run gives: plain results, whether it was interrupted, and when the canaries were judged, if it came to that."""
 
     models: list[ModelReport]
     partial: bool
+    canaries: Canaries | None
 
 
 def logarithm(p: Tensor) -> Tensor:
@@ -130,9 +134,27 @@ def prepare(subject: Subject, plan: Plan) -> tuple[Sheet, Referee]:
     return Sheet.start(subject, clean, findings, plan.threats, plan.max_queries or QUERIES[plan.effort], pace, sight), referee
 
 
-@cache
-def canaries(threats: tuple[str, ...]) -> Finding:
-    """Does this very tool judge models right whose truth is known? Asked once in a process of fast searches, for the threats of a run."""
+def canaries(threats: tuple[str, ...]) -> tuple[Finding, Canaries]:
+    """Does this very tool judge models right whose truth is known? And when was it asked?
+
+    Asked of fast searches, for the norms among the threats of a run: once as long as the same code judges them right.
+    """
+    norms = tuple(norm for norm in NORMS if norm in threats or norm == "linf")
+    code = remembered.digest("fast", *norms)
+    judged = _RIGHT.get((norms, code)) or remembered.recall(code)
+    if judged is None:
+        wrong = _misjudged(norms)
+        judged = Canaries(judged=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"), code=code)
+        if wrong:
+            message = f"The tool failed: it misjudged planted models ({'; '.join(wrong)})."
+            return Finding(id="canaries", status="block", message=message), judged
+        remembered.keep(judged)
+    _RIGHT[norms, code] = judged
+    return Finding(id="canaries", status="pass", message="Planted models whose truth is known were judged right."), judged
+
+
+def _misjudged(norms: tuple[str, ...]) -> list[str]:
+    """A sentence for every planted model that fast searches judge wrongly."""
 
     def look(subject: Subject, specs: tuple[ThreatSpec, ...]) -> Sheet:
         sheet, referee = prepare(subject, Plan(specs, "fast"))
@@ -141,10 +163,7 @@ def canaries(threats: tuple[str, ...]) -> Finding:
                 attack_round(sheet, referee, current, stage, 0, True, lambda *_: None)
         return sheet
 
-    wrong = [*misjudged(look, threats)]
-    if wrong:
-        return Finding(id="canaries", status="block", message=f"The tool failed: it misjudged planted models ({'; '.join(wrong)}).")
-    return Finding(id="canaries", status="pass", message="Planted models whose truth is known were judged right.")
+    return [*misjudged(look, norms)]
 
 
 def in_training(model: object) -> bool:
@@ -272,13 +291,14 @@ def audit_subjects(
     Raises:
         KeyboardInterrupt: interrupted before anything was known.
     """
-    progress, partial = progress or Silent(), False
+    progress, partial, asked = progress or Silent(), False, None
     sheets: list[tuple[Sheet, Referee]] = []
     stop = Stopping(plan.limits, clock)
     try:
         sheets.extend(prepare(subject, plan) for subject in subjects)
+        finding, asked = canaries(tuple(spec.name for spec in plan.threats))
         for sheet, _ in sheets:
-            sheet.findings.append(canaries(tuple(sorted(spec.name for spec in plan.threats))))
+            sheet.findings.append(finding)
         heard(progress.estimate, estimate([sheet for sheet, _ in sheets], plan))
         for number, (sheet, referee) in enumerate(sheets):
             sheet.unions = unions(plan.threats) if plan.union else ()
@@ -303,13 +323,14 @@ def audit_subjects(
     for sheet, _ in sheets:
         for current in sheet.rounds:
             current.flags += rounding_matters(sheet, current)
-    return Audited([model_report(sheet) for sheet, _ in sheets], partial)
+    return Audited([model_report(sheet) for sheet, _ in sheets], partial, asked)
 
 
 def compared(sheets: Sequence[tuple[Sheet, Referee]], seed: int) -> None:
-    """What fools one model of a run is shown to the others; not to those whose every row may be paid for."""
+    """What fools one model of a run is shown to the others; not to those whose every row may be paid for, or whose answers hang on the
+    batch."""
     for sheet, referee in sheets:
-        for current in (r for r in sheet.rounds if r.finished and sheet.shown):
+        for current in (r for r in sheet.rounds if r.finished and sheet.shown and not sheet.found("batch")):
             scene = Scene(sheet, referee, current, seed, sheet.sight.victim)
             current.flags += [flag for other, _ in sheets if other is not sheet for flag in transfer_finds_nothing(scene, other)]
 

@@ -72,6 +72,10 @@ def _hardware() -> Iterator[Diagnosis]:
     devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
     words = f"CUDA: {', '.join(devices)}." if devices else "No CUDA device; models run on the CPU."
     yield Diagnosis("device", "ok", f"{words} torch uses {torch.get_num_threads()} threads.")
+    from epsball.auditing.remembered import folder
+
+    place = f"kept in {folder()}" if folder() else "kept nowhere, so every process that audits judges them again"
+    yield Diagnosis("cache", "ok", f"The last verdict on the canaries is {place}; EPSBALL_CACHE is its folder, or empty for none.")
     try:
         from epsball.models.digits import NAMES, load
 

@@ -1,7 +1,7 @@
 """The audit's doubt: what has to hold if its numbers are to be believed, each checked on a small sample.
 
-Samples are capped, so doubt gets cheaper the more is audited. At the default effort all checks of a round ask about 28,000
-forward rows, and never more than about 41,000, however many samples there are; a third is for `effort_suffices`. AutoAttack asks about
+Samples are capped, so doubt gets cheaper the more is audited. At the default effort all checks of a round ask about 29,000
+forward rows, and never more than about 39,000, however many samples there are; a third is for `effort_suffices`. AutoAttack asks about
 7,800 for each sample that stands.
 """
 

@@ -21,7 +21,7 @@ def answers_in_one_pass(bench: Bench) -> Iterator[Finding]:
     without gradients, so loops in compiled code are seen as well; `torch.func` refuses to be watched, which tells the same.
     Searches that take no gradients are not seen.
 
-    Cost: 4 forward rows, 8 where the model raises under watch.
+    Cost: 4 forward rows.
     """
     if bench.thrifty:
         return

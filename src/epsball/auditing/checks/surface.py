@@ -61,7 +61,7 @@ def gradients_tell(scene: Scene) -> Iterator[Flag]:
     directions would also blame steps (a quantized input) behind a substitute gradient that is right about their mean. Not under L1,
     whose long changes of few features bend honest surfaces as well.
 
-    Cost: 30 forward rows and 3 backward rows for each of 32 samples.
+    Cost: 27 forward rows and 3 backward rows for each of 32 samples.
     """
     rows = scene.standing(SAMPLE)
     if len(rows) < FEWEST or scene.explained or not isinstance(scene.threat, Linf | L2):
