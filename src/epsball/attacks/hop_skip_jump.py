@@ -28,7 +28,7 @@ from epsball.threats import L2, Linf
 def hop_skip_jump(
     steps: int = 1000,
     draws: int = 100,
-    gamma: float = 1.0,
+    gamma: float = 0.01,
     tries: int = 50,
     starts: Tensor | None = None,
     threat: Projects | None = None,
@@ -36,11 +36,11 @@ def hop_skip_jump(
     """HopSkipJump, Algorithm 2: g = mean of (phi_b - mean phi) u_b at x_t + delta u_b; x_t + xi v, v = g or sign(g); bisect to x.
 
     phi is +1 where the goal is reached and -1 elsewhere (eq. 9 and 16); xi = ||x_t - x|| / sqrt(t), halved until it succeeds;
-    delta = ||x_t - x|| sqrt(d) theta under L2 and d theta under Linf; theta = gamma / d^1.5 and gamma / d^2; `draws` sqrt(t)
-    points for the t-th estimate; d counts the features that may change.
+    delta = gamma ||x_t - x||; bisections end at theta = gamma / sqrt(d) under L2 and gamma / d under Linf; `draws` sqrt(t) points
+    for the t-th estimate; d counts the features that may change.
 
     Args:
-        steps: queries per sample. draws: points of the first estimate. gamma: scale of the bisection's tolerance.
+        steps: queries per sample. draws: points of the first estimate. gamma: distance of the points of an estimate, in distances from x.
         tries: random directions that are tried for a nearer start, one query each where there is none; under L2 at most a
             tenth of steps, where an estimate gains more.
         starts: (N, ...) inputs to start from, tried nearest first; a `Targeted` goal wants some of the target's class.
@@ -48,8 +48,11 @@ def hop_skip_jump(
 
     Cost: at most steps forwards per sample, 1 forward to judge.
 
-    Differs from the released code: it goes on from the smallest success instead of the last; noise of two kinds is tried for a start,
-    and random directions for a nearer one; the last estimate leaves queries for its own step.
+    Differs from the paper and the released code, where theta is 1 / d^1.5 and 1 / d^2, and delta sqrt(d) theta and d theta distances:
+    in 3,072 dimensions that is finer than float32 tells apart. With 10,000 queries the median Linf distance on a CIFAR-10 network (n 10)
+    falls from 0.0178 to 0.0107, elsewhere it stays or falls by a few percent; ART does so, too. It goes on from the smallest success
+    instead of the last; noise of two kinds is tried for a start, and random directions for a nearer one; the last estimate leaves queries
+    for its own step.
     """
     if draws < 1:
         raise BadInput(f"draws: {draws}: must be 1 or more")
@@ -99,11 +102,11 @@ class HopSkipJump:
         after = self._begin(problem, found) if state.number == 0 else self._hop(problem, found, state.number)
         return found.reading(problem), replace(state, found=after, number=state.number + 1)
 
-    def _theta(self, problem: Problem) -> tuple[Tensor, Tensor]:
-        """(B,) number of features that may change, and the tolerance of a bisection over [0, 1]."""
+    def _theta(self, problem: Problem) -> Tensor:
+        """(B,) the tolerance of a bisection over [0, 1]."""
         low, high = interval(problem)
         d = (high > low).flatten(1).sum(1).clamp(min=1).double()
-        return d, self.gamma / (d * d.sqrt() if problem.threat.name == "l2" else d * d)
+        return self.gamma / (d.sqrt() if problem.threat.name == "l2" else d)
 
     def _begin(self, problem: Problem, found: Found) -> Found:
         tries = min(self.tries, self.budget // 10) if problem.threat.name == "l2" else self.tries
@@ -112,16 +115,16 @@ class HopSkipJump:
 
     def _back(self, problem: Problem, found: Found, far: Tensor, want: Tensor) -> Found:
         """To the boundary between x and `far`, which fools the model."""
-        _, theta = self._theta(problem)
+        theta = self._theta(problem)
         zero, one = torch.zeros_like(theta), torch.ones_like(theta)
         return bisect(problem, found, inward_path(problem, far), zero, one, theta, want)[1]
 
     def _hop(self, problem: Problem, found: Found, number: int) -> Found:
-        d, theta = self._theta(problem)
+        theta = self._theta(problem)
         low, high = interval(problem)
         size = torch.where(found.some, found.size, 1.0)
         width = torch.where(high > low, high - low, 0).flatten(1).amax(1).double()
-        delta = 0.1 * width if number == 1 else size * theta * (d.sqrt() if problem.threat.name == "l2" else d)
+        delta = 0.1 * width if number == 1 else self.gamma * size
         reserve = (-theta.log2()).ceil().long() + 4
         counts = (found.left(problem) - reserve).clamp(0, _count(self.draws, number)) * found.some
         here = found.z
