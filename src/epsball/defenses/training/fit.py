@@ -111,7 +111,7 @@ def fit(
     course, workers = course or Course(), Team.here()
     workers.check(course.batch, course.accumulate)
     _check_data(data, held)
-    name = _name(loss, data, against, course, seed, model)
+    name = "" if folder is None else _name(loss, data, against, course, seed, model)
     run = _start(model, course, prepare, len(data[0]))  # before any forward: sharded weights stay gathered behind one
     _check_output(run.moving, data, held)
     per_epoch = max(1, len(data[0]) // course.batch) * course.replays

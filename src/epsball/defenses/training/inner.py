@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from epsball.core import Projects
 from epsball.core.rows import per_sample
 from epsball.defenses.training.batch import Batch, Formula, Logs
-from epsball.defenses.training.one_channel import OneChannel
+from epsball.defenses.training.by_input import ByInput
 
 Objective = Callable[[Tensor, Tensor], Tensor]
 """(z, output) -> (B,) score, higher suits the adversary."""
@@ -38,7 +38,7 @@ def still(model: nn.Module) -> Iterator[None]:
 
 def input_gradient(score: Tensor, z: Tensor, *, create_graph: bool = False) -> Tensor:
     """Per-sample gradients of scores (B,) by z (B, ...); with `create_graph`, differentiable by the weights. No `.grad` is touched."""
-    (gradient,) = torch.autograd.grad(score.sum(), z, create_graph=create_graph)
+    (gradient,) = torch.autograd.grad(score, z, torch.ones_like(score), create_graph=create_graph)
     return gradient
 
 
@@ -53,11 +53,11 @@ def perturb(
 
     Cost: `steps` forwards and backwards per sample.
     """
-    z, step = start.detach(), per_sample(step, x)
+    z, step, by_input = start.detach(), per_sample(step, x), ByInput()
     with still(model), torch.enable_grad():
         for _ in range(steps):
             z.requires_grad_()
-            with OneChannel():
+            with by_input:
                 output = model(z)
             gradient = input_gradient(objective(z, output), z)
             with torch.no_grad():
