@@ -106,14 +106,14 @@ class Books:
 
 
 def cases(n: int, seed: int, words: list[str]) -> Iterator[Case]:
-    """n correctly classified test images per network (at most 40 of CIFAR, which takes long), as many of each class as can be."""
+    """n correctly classified test images per network, as many of each class as can be."""
     for name, radii in RADII.items():
         pairs = zip(OFFICIAL, radii, strict=True)
         wanted = [(norm, text) for norm, text in pairs if not words or any(word in f"{name} {norm}" for word in words)]
         if not wanted:
             continue
         net = (load(name) if name.startswith("digits") else nets.trained(name)).requires_grad_(False)
-        x, y = _sample(name, net, min(n, 40) if name.startswith("cifar") else n, seed)
+        x, y = _sample(name, net, n, seed)
         for norm, text in wanted:
             yield Case(name, net, x, y, norm, text)
 

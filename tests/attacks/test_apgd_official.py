@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from epsball.attacks import Cascade, apgd, apgd_t
+from epsball.attacks import Cascade, apgd, apgd_t, from_larger
 from epsball.core import Aimed, Attack, Goal, Key, Untargeted, Victim
 from epsball.core.attack import pose
 from epsball.objectives import cross_entropy, dlr, dlr_targeted
@@ -106,3 +106,10 @@ def test_apgd_and_apgd_t_match_the_suite(run: Any) -> None:
     suite = Cascade((apgd(100, restarts=1 if run.norm != "L1" else 5, threat=threat), apgd_t(100, threat=threat)))
     outcome = suite(run.model, run.x, run.y, run.eps)
     assert int((~outcome.reached).sum()) <= run.alive[-1]
+
+
+@pytest.mark.parametrize("run", [slow_unless(run.name.startswith("mlp"), run) for run in REFERENCE.standard if run.norm == "L1"])
+def test_from_larger_matches_the_suites_first_stage(run: Any) -> None:
+    """AutoAttack's APGD-CE under L1 is this, five times. Which of the last samples break is luck: over seeds 2 to 4 of 100 stand."""
+    outcome = from_larger(100, restarts=5)(run.model, run.x, run.y, run.eps)
+    assert int((~outcome.reached).sum()) <= run.alive[1] + 1

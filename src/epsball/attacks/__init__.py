@@ -1,6 +1,6 @@
 """How it is searched: recipes, one file per family, and what combines them."""
 
-from epsball.attacks.apgd import apgd, apgd_dlr, apgd_t
+from epsball.attacks.apgd import apgd, apgd_dlr, apgd_t, from_larger
 from epsball.attacks.blackbox import blackbox
 from epsball.attacks.boundary import boundary
 from epsball.attacks.channel import physical, survival
@@ -77,6 +77,7 @@ __all__ = [
     "fit_surrogate",
     "fmn",
     "fooling_rate",
+    "from_larger",
     "get",
     "hop_skip_jump",
     "jsma",

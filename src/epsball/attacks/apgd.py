@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from epsball.attacks.combine import EveryTarget, Order, restarted
+from epsball.attacks.minimal import offered
 from epsball.attacks.registry import register
 from epsball.attacks.targets import malt
 from epsball.core import (
@@ -24,6 +26,7 @@ from epsball.core import (
     autograd,
 )
 from epsball.core.rows import per_sample
+from epsball.errors import BadInput
 from epsball.objectives import cross_entropy, dlr, dlr_targeted
 from epsball.threats import L1, Linf
 
@@ -105,6 +108,71 @@ class SparseAscent:
         return (signs / signs.abs().sum(1, keepdim=True).clamp(min=1)).reshape(gradient.shape)
 
 
+@dataclass(frozen=True)
+class _Ball:
+    """The search in one of the balls, of `radius` (B,); `hit` (B,): some look in it reached the goal."""
+
+    now: _Sparse
+    radius: Tensor
+    hit: Tensor
+    number: int
+    looks: int
+    steps: int
+
+    @property
+    def z(self) -> Tensor:
+        """Where the search looks next."""
+        return self.now.z
+
+
+@dataclass(frozen=True)
+class FromLarger:
+    """`SparseAscent` in balls `scales` times the budget, one after another, each from the best point of the one before, projected.
+
+    In a large ball the features that matter show themselves; smaller ones keep the best of them. The last ball takes 40 % of the
+    steps and the others the same share each: 30, 30 and 40 % as in the released AutoAttack. Unlike there, a search that reached its
+    goal nowhere in a larger ball is over, for a smaller one lies inside it. Outside the budget `run` is shown the clean input.
+    """
+
+    scales: tuple[float, ...] = (3.0, 2.0, 1.0)
+    search: SparseAscent = SparseAscent()
+
+    def init(self, problem: Problem, steps: int) -> _Ball:
+        """At a random point of the first ball."""
+        number = self._number(0, steps)
+        radius = self.scales[number] * problem.radius
+        noise = problem.key if self.search.noise else None
+        start = problem.threat.start(problem.x, radius, noise, problem.ids)
+        return self._enter(problem, start, radius, number, 0, steps)
+
+    def step(self, problem: Problem, state: _Ball) -> tuple[Reading, _Ball]:
+        """One look, one sparse step; at the end of a ball the best point goes on in the next."""
+        reading, now = self.search.step(replace(problem, radius=state.radius), state.now)
+        hit, looks = state.hit | problem.goal.reached(reading.output), state.looks + 1
+        number = self._number(looks, state.steps)
+        if state.number < len(self.scales) - 1:
+            inside = problem.threat.size(problem.x, reading.z) <= problem.radius
+            reading = replace(offered(problem, reading, inside), over=~hit if number > state.number else None)
+        if number == state.number:
+            return reading, replace(state, now=now, hit=hit, looks=looks)
+        radius = self.scales[number] * problem.radius
+        start = problem.threat.project(problem.x, now.best_z, radius)
+        return reading, self._enter(problem, start, radius, number, looks, state.steps)
+
+    def _number(self, looks: int, steps: int) -> int:
+        """Of the ball of the next look; after the last step that of the budget, where the last iterate is judged."""
+        larger = len(self.scales) - 1
+        return min(looks * larger // max(math.ceil(0.6 * steps), 1), larger) if looks < steps else larger
+
+    def _enter(self, problem: Problem, start: Tensor, radius: Tensor, number: int, looks: int, steps: int) -> _Ball:
+        length = [self._number(look, steps) for look in range(steps)].count(number)
+        now = replace(self.search, noise=False).init(problem, length)
+        changed = (start != problem.x).flatten(1).sum(1).to(now.share)
+        share = changed / start[0].numel() / 1.5
+        now = replace(now, z=start, best_z=start, step=radius.clone(), share=share, changed=changed)
+        return _Ball(now, radius, torch.zeros(len(start), dtype=torch.bool, device=start.device), number, looks, steps)
+
+
 def _search(threat: Projects, noise: bool) -> Strategy:
     # The paper of 2021 gives L1 a search of its own: a halved step cannot find the right sparsity.
     return SparseAscent(noise=noise) if isinstance(threat, L1) else Descent(Halving(), inertia=0.75, noise=noise)
@@ -146,7 +214,36 @@ def apgd_t(
     threat: Projects | None = None,
     objective: Objective = dlr_targeted,
     order: Order = malt,
-) -> AttackLike:
+) -> EveryTarget:
     """Auto-PGD aimed at the most promising other classes in turn, on the targeted DLR loss; targets in MALT order."""
     threat = threat or Linf()
     return EveryTarget(Attack("apgd_t", threat, objective, _search(threat, True), steps), targets, order, name="apgd_t")
+
+
+@register(
+    paper="Croce & Hein 2021, arXiv 2103.01208; larger balls as in the released AutoAttack",
+    threats=("l1",),
+    cost="restarts * (at most steps forwards and backwards, 1 forward to judge)",
+)
+def from_larger(
+    steps: int = 100,
+    restarts: int = 1,
+    threat: Projects | None = None,
+    objective: Objective = cross_entropy,
+    scales: tuple[float, ...] = (3.0, 2.0, 1.0),
+) -> AttackLike:
+    """Auto-PGD under L1 in balls that shrink to the budget (`FromLarger`): finds sparse changes that no step inside the budget leads to.
+
+    Args:
+        steps: looks, over all balls. restarts: runs. threat: L1. objective: what is climbed.
+        scales: radii of the balls in budgets, falling, the last 1.
+
+    Raises:
+        BadInput: a threat other than L1, or scales that do not fall to 1.
+    """
+    threat = threat or L1()
+    if not isinstance(threat, L1):
+        raise BadInput(f"threat '{threat.name}': needs no larger balls: use l1")
+    if not scales or scales[-1] != 1 or list(scales) != sorted(set(scales), reverse=True):
+        raise BadInput(f"scales: {scales}: must fall and end at 1, as in (3, 2, 1)")
+    return restarted(Attack("from_larger", threat, objective, FromLarger(scales), steps), restarts)

@@ -13,6 +13,7 @@ from epsball.attacks import (
     apgd_t,
     by_logit,
     corners,
+    from_larger,
     nearest,
     noise,
     outside_in,
@@ -34,6 +35,8 @@ EFFORTS = ("fast", "default", "max")
 _STEPS = {"fast": 10, "default": 40, "max": 100}
 NEAR, VERY_NEAR = 0.12, 0.02
 """Shares of the clean margin that searches must have come down to for two long walks, and for four more, to be worth their rows."""
+_BALLS = (8.0, 4.0, 2.0, 1.0)
+"""In budgets: where searches under L1 come from."""
 QUERIES = {"fast": 300, "default": 2000, "max": 10000}
 """Most rows per sample and radius that searches without gradients ask."""
 
@@ -190,32 +193,38 @@ def _norms(threat: Projects, effort: str, classes: int) -> Iterator[Stage]:
         yield _walks(threat, 30, 10, far=3, rounds=2)
         if isinstance(threat, L1):
             yield _walks(threat, 60, 3, far=3, rounds=2)
+            yield Stage(from_larger(100, 5, threat=threat, objective=margin, scales=_BALLS), 500)
         yield from _long(threat, classes)
 
 
 def _default(threat: Projects, classes: int) -> Iterator[Stage]:
     """Under Linf twenty steps toward each of the three nearest classes break what a hundred toward nine do, but for 1 or 2 of 100
-    samples. What they miss, other starts find, not more steps: where a search ends hangs on where it starts. Under L2 and L1 these are
-    walks from far away inward, which break what nothing from near by does; under L1, where the right sparsity has to be found as well,
-    both. Long ones pay only for samples that came near: of the 13 that 17 long searches each still broke on nine networks (MNIST and
-    digits, Linf, n 100 each) 12 had come down to 0.116 of the clean margin, one to 0.155.
-    Where walks break many of those (networks whose gradients mislead), twenty steps toward every class break some more.
+    samples. What they miss, other starts find, not more steps: where a search ends hangs on where it starts. Under L2 these are walks
+    from far away inward, which break what nothing from near by does. Long ones pay only for samples that came near: of the 13 that 17
+    long searches each still broke on nine networks (MNIST and digits, Linf, n 100 each) 12 had come down to 0.116 of the clean margin,
+    one to 0.155. Where walks break many of those (networks whose gradients mislead), twenty steps toward every class break some more.
     """
-    sparse, linf = isinstance(threat, L1), isinstance(threat, Linf)
-    yield _aimed(threat, 20, 3, 1 if sparse else 3 if linf else 2, classes)
-    if not linf:
-        yield _walks(threat, 30, 3, far=3, rounds=2)
-    start = apgd(20, threat=threat, objective=margin)
-    if linf:
-        yield Stage(restarted(start, 2, abreast=True), 40)
-    elif sparse:
-        yield Stage(start, 20, near=0.5)
-        yield Stage(Restarts(start, 3, first=1, abreast=True), 60, near=0.2)
-    close = 2 / 3 * NEAR if sparse else NEAR
-    yield replace(_walks(threat, 60, 2, far=3, rounds=2), near=close)
-    if not sparse:
-        yield replace(_aimed(threat, 20, 3, 9, classes), near=close, pays=0.1)
+    if isinstance(threat, L1):
+        yield from _sparse(threat)
+        return
+    linf = isinstance(threat, Linf)
+    yield _aimed(threat, 20, 3, 3 if linf else 2, classes)
+    yield (
+        Stage(restarted(apgd(20, threat=threat, objective=margin), 2, abreast=True), 40) if linf else _walks(threat, 30, 3, far=3, rounds=2)
+    )
+    yield replace(_walks(threat, 60, 2, far=3, rounds=2), near=NEAR)
+    yield replace(_aimed(threat, 20, 3, 9, classes), near=NEAR, pays=0.1)
     yield replace(_walks(threat, 60, 4, far=3, rounds=2, first=2), near=VERY_NEAR)
+
+
+def _sparse(threat: L1) -> Iterator[Stage]:
+    """Under L1 the right sparsity has to be found: in larger balls the features that matter show themselves (`from_larger`)."""
+    yield Stage(apgd(20, threat=threat, objective=margin), 20)
+    yield _walks(threat, 30, 1, far=3, rounds=2)
+    yield replace(_walks(threat, 30, 2, far=3, rounds=2, first=1), pays=0.05)
+    yield Stage(from_larger(40, threat=threat, objective=margin, scales=_BALLS), 40, near=0.6)
+    wider = from_larger(40, threat=threat, objective=margin, scales=(16.0, *_BALLS))
+    yield Stage(Restarts(wider, 2, first=1, abreast=True), 80, near=0.3)
 
 
 def _long(threat: Projects, classes: int) -> Iterator[Stage]:
