@@ -69,7 +69,7 @@ def _ours_brief() -> Iterator[Contender]:
         yield mine("pdpgd", "PDPGD 185", norm, "PDPGD", steps=185)
     yield mine("ddn", "DDN 170", "l2", "DDN", steps=170)
     yield mine("cw_l2", "C&W 4 x 35", "l2", "C&W few rounds", steps=35, rounds=4)
-    yield mine("ead", "EAD 8 x 10", "l1", "EAD", steps=10, rounds=8)
+    yield mine("ead", "EAD 7 x 10", "l1", "EAD", steps=10, rounds=7)
     yield mine("sigma_zero", "sigma-zero 180", "l0f", "sigma-zero", steps=180)
 
 
@@ -85,7 +85,7 @@ def _ours() -> Iterator[Contender]:
     yield mine("cw_linf", "C&W 20 x 40 (default)", "linf")
     yield mine("cw_l0", "C&W 20 x 40 (default)", "l0f", "C&W")
     yield mine("ead", "EAD 9 x 22", "l1", "EAD", steps=22)
-    yield mine("ead", "EAD 9 x 50 (default)", "l1")
+    yield mine("ead", "EAD 9 x 50 (default)", "l1", "EAD")
     yield mine("lbfgs", "L-BFGS 10 x 20 (default)", "l2")
     yield mine("superdeepfool", "SuperDeepFool (default)", "l2", "SuperDeepFool")
     for norm in ("linf", "l2"):
@@ -94,7 +94,7 @@ def _ours() -> Iterator[Contender]:
         yield mine("fab", "FAB 35", norm, "FAB", steps=35)  # 2 forwards, 9 backwards
         yield mine("fab_t", "FAB-T 9 x 14", norm, "FAB-T", steps=14)  # 2 forwards, 1 backward
         yield mine("pdpgd", "PDPGD 199", norm, "PDPGD", steps=199)
-    yield mine("sigma_zero", "sigma-zero 199", "l0f", "sigma-zero", steps=199)
+    yield mine("sigma_zero", "sigma-zero 209", "l0f", "sigma-zero", steps=209)
     yield mine("jsma", "JSMA (default)", "l0f", "JSMA")
 
 

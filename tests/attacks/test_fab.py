@@ -155,6 +155,14 @@ def test_tiny_slopes_add_up_under_l1_in_float32() -> None:
     assert float(outcome.size) == pytest.approx(108.5 / 2, rel=1e-3)
 
 
+def test_l1_leaves_flat_features_alone_where_the_plane_is_out_of_reach() -> None:
+    z, low, high = torch.full((2, 6), 0.5).double(), torch.zeros(2, 6).double(), torch.ones(2, 6).double()
+    w = tensor([[1.0, 0.5, 1e-8, -1e-8, 2e-8, 0.0]], torch.float64).expand(2, 6)
+    change = onto_plane_l1(z, w, tensor([2.0, 0.75 + 1e-8], torch.float64), low, high)
+    assert change[0].tolist() == [0.5, 0.5, 0.0, 0.0, 0.0, 0.0]  # 0.75 is all there is
+    assert torch.allclose(change[1], tensor([0.5, 0.5, 0.0, 0.0, 0.5, 0.0], torch.float64))  # the plane is met: the flat ones count
+
+
 def test_failure_returns_clean() -> None:
     x = torch.full((2, 5), 0.5)
     model = lambda x: torch.tensor([1.0, 0.0]).expand(len(x), 2)  # noqa: E731

@@ -87,12 +87,34 @@ def test_targets_costs_and_batches(name: str, threat: str) -> None:
     outcome = attack(b.model, b.x, Targeted(targets), torch.inf)
     assert int(outcome.reached.sum()) >= 6
     assert bool((b.model(outcome.x_adv.double()).argmax(1) == targets)[outcome.reached].all())
-    assert outcome.backwards.tolist() == [40] * 8
-    assert outcome.queries.tolist() == [42] * 8
+    if name == "sigma_zero":  # the last tenth takes features out, without gradients, until none is left to try
+        assert outcome.backwards.tolist() == [36] * 8
+        assert bool(((outcome.queries >= 38) & (outcome.queries <= 42)).all())
+    else:
+        assert outcome.backwards.tolist() == [40] * 8
+        assert outcome.queries.tolist() == [42] * 8
     one = attack(b.model, b.x[3:4], Targeted(targets[3:4]), torch.inf)
     assert torch.allclose(one.x_adv[0], outcome.x_adv[3], atol=1e-4)
     free = attack(b.model, b.x, b.labels, torch.inf)
     assert bool(free.reached.all())
+
+
+def test_sigma_zero_drops_what_the_descent_left_over() -> None:
+    # One feature decides; the descent's first steps also move features that do nothing, and a tenth of the looks takes them out.
+    model = linear(40, 2, gain=4).double()
+    with torch.no_grad():
+        model[1].weight.zero_()
+        model[1].weight[1, :3] = tensor([30.0, 0.5, 0.4], torch.float64)
+        model[1].bias.copy_(tensor([20.0, 0.0], torch.float64))
+    x = torch.full((3, 40), 0.5, dtype=torch.float64)
+    labels = torch.zeros(3, dtype=torch.int64)
+    outcome = sigma_zero(steps=30)(model, x, labels, torch.inf)
+    assert bool(outcome.reached.all())
+    assert outcome.size.tolist() == [1.0] * 3
+    assert bool((outcome.x_adv[:, 0] > 0.5).all())
+    capped = sigma_zero(steps=30)(model, x, labels, 1)
+    assert bool(capped.reached.all())
+    assert capped.size.tolist() == [1.0] * 3
 
 
 def test_pixels_are_cut_together() -> None:

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from epsball.attacks.minimal import Bracket, Round, first_weight, hushed, limits, width
+from epsball.attacks.minimal import Bracket, Round, finite, first_weight, hushed, limits, width
 from epsball.attacks.registry import register
 from epsball.core import Attack, Gradient, Problem, Projects, Reading, autograd
 from epsball.core.rows import per_sample
@@ -56,7 +56,7 @@ class Schedule(Protocol):
 class _Walk:
     """`z` is the best success, x where none, `home` its w, and `begun` the best when the round began; the search itself stands at w.
 
-    `middle` and `half` (B, ...) lead from tanh w to the input; `origin` is the w of x.
+    `half` (B, ...) leads from tanh w to the input, `low` and `high` bound it; `start` is the tanh w of x.
     """
 
     z: Tensor
@@ -64,9 +64,10 @@ class _Walk:
     begun: Tensor
     home: Tensor
     w: Tensor
-    origin: Tensor
-    middle: Tensor
+    start: Tensor
     half: Tensor
+    low: Tensor
+    high: Tensor
     mean: Tensor
     square: Tensor
     round: Round
@@ -107,11 +108,11 @@ class TanhAdam:
         middle, half = (low.to(wide) + high.to(wide)) / 2, (high.to(wide) - low.to(wide)) / 2
         w = torch.atanh(self.edge * ((x.to(wide) - middle) / half.where(half > 0, torch.ones_like(half))).clamp(-1, 1))
         zero, none = torch.zeros_like(w), torch.full_like(problem.radius, torch.inf)
-        return _Walk(x.clone(), none, none, w, w, w, middle, half / self.edge, zero, zero, Round.first(none), None)
+        return _Walk(x.clone(), none, none, w, w, tanh_of(w), half / self.edge, low, high, zero, zero, Round.first(none), None)
 
     def step(self, problem: Problem, state: _Walk) -> tuple[Reading, _Walk]:
         """One look, one step of Adam."""
-        tanh = torch.tanh(state.w)
+        tanh = tanh_of(state.w)
         image = self._image(problem, state, tanh)
         reading = self.gradient(problem, image)
         aim = self.schedule.start(problem, reading) if state.aim is None else state.aim
@@ -120,23 +121,19 @@ class TanhAdam:
         value, pull = self.schedule.distance(aim, change)
         loss = value + aim.weight * (self.kappa - reading.score.double()).clamp(min=0.0)
         state = self._kept(problem, state, image, success)
-        moved = self._adam(state, aim, pull, reading, ~success, tanh)
+        w, mean, square = self._adam(state, aim, pull, reading, ~success, tanh)
         rnd = state.round.after(loss, success)
         late = (rnd.looks >= self.steps) | (rnd.stale >= max(self.steps // 5, 1))
         aim, over = self.schedule.next(problem, aim, rnd, reading, success, late)
-        rnd = rnd.restarted(over)
-        gained = torch.isinf(state.best) | (state.best < (1 - self.gain) * state.begun)
-        aim = replace(aim, done=aim.done | (over & (rnd.number >= self.rounds) & ~gained))
-        moved = replace(self._restarted(moved, over.nonzero().squeeze(1)), round=rnd, aim=aim)
-        return replace(hushed(problem, reading, success), over=aim.done), moved
+        moved, aim = self._restarted(replace(state, w=w, mean=mean, square=square, round=rnd, aim=aim), aim, over)
+        return hushed(problem, reading, success, aim.done), moved
 
     def _image(self, problem: Problem, state: _Walk, tanh: Tensor) -> Tensor:
         """The input that w stands for, exactly x where nothing moved or nothing may."""
-        image = torch.addcmul(state.middle, state.half, tanh).to(problem.x.dtype).clamp_(*limits(problem))
-        still = state.w == state.origin
+        image = torch.addcmul(problem.x.to(tanh), state.half, tanh - state.start).to(problem.x.dtype).clamp_(state.low, state.high)
         if state.aim is not None and state.aim.allowed is not None:
-            still |= ~state.aim.allowed
-        return torch.where(still, problem.x, image)
+            image = torch.where(state.aim.allowed, image, problem.x)
+        return image
 
     def _kept(self, problem: Problem, state: _Walk, image: Tensor, success: Tensor) -> _Walk:
         """The best successes so far, with this look."""
@@ -149,30 +146,39 @@ class TanhAdam:
         z, home = state.z.index_copy(0, rows, image[rows]), state.home.index_copy(0, rows, state.w[rows])
         return replace(state, z=z, home=home, best=state.best.index_copy(0, rows, size[rows]))
 
-    def _restarted(self, state: _Walk, rows: Tensor) -> _Walk:
-        """`rows` begin a round: Adam forgets, and w is where the schedule wants it."""
+    def _restarted(self, state: _Walk, aim: Aim, over: Tensor) -> tuple[_Walk, Aim]:
+        """A round begins where the last is `over` (B,): Adam forgets, and w is where the schedule wants it."""
+        rows = over.nonzero().squeeze(1)
         if not len(rows):
-            return state
+            return state, aim
+        rnd = state.round.restarted(over)
+        gained = torch.isinf(state.best) | (state.best < (1 - self.gain) * state.begun)
+        aim = replace(aim, done=aim.done | (over & (rnd.number >= self.rounds) & ~gained))
         w = state.w
         if self.schedule.returns:
             back = rows[torch.isfinite(state.best[rows])]
             w = w.index_copy(0, back, state.home[back])
         mean, square = state.mean.index_fill(0, rows, 0.0), state.square.index_fill(0, rows, 0.0)
-        return replace(state, w=w, mean=mean, square=square, begun=state.begun.index_copy(0, rows, state.best[rows]))
+        begun = state.begun.index_copy(0, rows, state.best[rows])
+        return replace(state, w=w, mean=mean, square=square, begun=begun, round=rnd, aim=aim), aim
 
-    def _adam(self, state: _Walk, aim: Aim, pull: Tensor, reading: Reading, short: Tensor, tanh: Tensor) -> _Walk:
-        """One step of Adam down the loss; the weight only scales the gradient of samples that fall `short` (B,) of the margin."""
-        push = torch.nan_to_num(reading.gradient.to(pull), nan=0.0, posinf=0.0, neginf=0.0)
+    def _adam(self, state: _Walk, aim: Aim, pull: Tensor, reading: Reading, short: Tensor, tanh: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """One step of Adam down the loss: (w, mean, square); the weight only scales the gradient of samples `short` (B,) of the margin."""
+        push = finite(reading.gradient.to(pull))
         slope = torch.addcmul(pull, push, per_sample(aim.weight * short, pull), value=-1)
-        slope = slope.mul_(state.half).mul_(1 - tanh.square())
-        slope = torch.nan_to_num_(slope if aim.allowed is None else slope.mul_(aim.allowed))
+        slope = slope.mul_(state.half).mul_(torch.square(tanh).neg_().add_(1))
+        slope = finite(slope if aim.allowed is None else slope.mul_(aim.allowed))
         mean, square = torch.lerp(state.mean, slope, 0.1), (0.999 * state.square).addcmul_(slope, slope, value=0.001)
         number = (state.round.looks + 1).double()
         rate = self.rate * aim.rate * (1 - 0.999**number).sqrt() / (1 - 0.9**number)
         root = square.sqrt().add_(torch.finfo(square.dtype).tiny ** 0.5)
         end = math.atanh(self.edge)
-        w = torch.addcdiv(state.w, mean * per_sample(rate, mean), root, value=-1).clamp_(-end, end)
-        return replace(state, w=w, mean=mean, square=square)
+        return torch.addcdiv(state.w, mean * per_sample(rate, mean), root, value=-1).clamp_(-end, end), mean, square
+
+
+def tanh_of(w: Tensor) -> Tensor:
+    """tanh w by the sigmoid, which takes a fifth of the time."""
+    return torch.sigmoid(2 * w).mul_(2).sub_(1)
 
 
 @dataclass(frozen=True)
@@ -202,6 +208,8 @@ class Bisected:
 
     def next(self, problem: Problem, aim: Aim, rnd: Round, reading: Reading, success: Tensor, late: Tensor) -> tuple[Aim, Tensor]:
         """Less weight where the last looks still saw a success, more elsewhere; and longer steps until there was one at all."""
+        if not bool(late.any()):
+            return aim, late
         bracket = aim.memory.next(late, rnd.since < rnd.stale.clamp(min=1), self.growth)
         rate = torch.where(torch.isfinite(bracket.upper), (aim.rate / 2).clamp(max=1.0), (10 * aim.rate).clamp(max=self.longest))
         return replace(aim, weight=bracket.weight, memory=bracket, rate=torch.where(late, rate, aim.rate)), late

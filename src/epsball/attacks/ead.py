@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from epsball.attacks.minimal import Bracket, Round, first_weight, hushed, limits, offered, width
+from epsball.attacks.minimal import Bracket, Round, finite, first_weight, hushed, less, limits, offered, width
 from epsball.attacks.registry import register
 from epsball.core import Attack, Gradient, Problem, Projects, Reading, autograd
 from epsball.core.rows import per_sample
@@ -77,14 +77,15 @@ class ElasticNet:
         reading = self.gradient(problem, state.ahead)
         bracket = state.bracket or self._start(state, reading)
         success = problem.goal.reached(reading.output) & (reading.score >= self.kappa)
-        change = (reading.z - problem.x).flatten(1)
-        ones, twos = change.abs().sum(1).double(), change.square().sum(1).double()
+        change = state.ahead - problem.x
+        flat = change.flatten(1)
+        ones, twos = flat.abs().sum(1).double(), flat.square().sum(1).double()
         net = twos + state.beta * ones
         measure = ones if self.sparse else net
         better = success & (measure < state.best)
         rnd = state.round.after(net + bracket.weight * (self.kappa - reading.score.double()).clamp(min=0.0), success)
         over = (rnd.looks >= self.steps) | (rnd.stale >= max(self.steps // 5, self.patience))
-        here, ahead = self._shrink(problem, state, reading, bracket, ~success)
+        here, ahead = self._shrink(problem, state, change, finite(reading.gradient), bracket.weight * ~success)
         bracket = bracket.next(over, rnd.since < rnd.stale.clamp(min=1), self.growth)
         rnd, best = rnd.restarted(over), torch.where(better, measure, state.best)
         done = over & (rnd.number >= self.rounds) & torch.isfinite(best) & (best >= (1 - self.gain) * state.begun)
@@ -100,16 +101,16 @@ class ElasticNet:
             output=torch.where(better[:, None], reading.output, state.output),
             score=torch.where(better, reading.score, state.score),
         )
-        return replace(self._shown(problem, state, reading, success, done), over=done), state
+        return self._shown(problem, state, reading, success, done), state
 
     def _shown(self, problem: Problem, state: _Shrunk, reading: Reading, success: Tensor, done: Tensor) -> Reading:
         """Successes; under the elastic-net rule only the last best, because `run` would rank successes by the threat's size."""
         if self.sparse:
-            return hushed(problem, reading, success)
+            return hushed(problem, reading, success, done)
         last = done & torch.isfinite(state.best)
         z = torch.where(per_sample(last, state.z) > 0, state.z, reading.z)
         output, score = torch.where(last[:, None], state.output, reading.output), torch.where(last, state.score, reading.score)
-        return offered(problem, Reading(z, z, output, score), last)
+        return replace(offered(problem, Reading(z, z, output, score), last), over=done)
 
     def _start(self, state: _Shrunk, reading: Reading) -> Bracket:
         """Twice what a linear model would need, and enough for the steepest feature to survive the first shrinkage twice over."""
@@ -117,22 +118,16 @@ class ElasticNet:
         least = torch.where(steepest > 0, 2 * state.beta / (self.rate * steepest).clamp(min=1e-300), torch.zeros_like(steepest))
         return Bracket.start(torch.maximum(self.first * first_weight(reading), least))
 
-    def _shrink(self, problem: Problem, state: _Shrunk, reading: Reading, bracket: Bracket, short: Tensor) -> tuple[Tensor, Tensor]:
-        """(next point, point of the next look), eqs. 5 to 7."""
+    def _shrink(self, problem: Problem, state: _Shrunk, change: Tensor, push: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """(next point, point of the next look), eqs. 5 to 7; `push` counts by `weight` (B,). Both are x where nothing changes."""
         x, looks, beta = problem.x, state.round.looks.double(), per_sample(state.beta, problem.x)
-        push = torch.nan_to_num(reading.gradient, nan=0.0, posinf=0.0, neginf=0.0)
-        change = state.ahead - x
         rate = self.rate * (1 - looks / max(self.steps, 1)).clamp(min=0.0).sqrt()
-        change = (per_sample(1 - 2 * rate, x) * change).addcmul_(per_sample(rate * bracket.weight * short, x), push)
-        here = self._inside(problem, state, change - change.clamp(-beta, beta))
+        change = (per_sample(1 - 2 * rate, x) * change).addcmul_(per_sample(rate * weight, x), push)
+        here = torch.clamp(less(change, beta).add_(x), state.low, state.high)
         if not self.fast:
             return here, here
         drift = (here - state.here).mul_(per_sample(looks / (looks + 3), x))
-        return here, self._inside(problem, state, drift.add_(here).sub_(x))
-
-    def _inside(self, problem: Problem, state: _Shrunk, change: Tensor) -> Tensor:
-        """x + change in the box, and exactly x where nothing changes; in place."""
-        return torch.clamp(change.add_(problem.x), state.low, state.high)
+        return here, torch.clamp(drift.add_(here), state.low, state.high)
 
 
 def _put(old: Tensor, new: Tensor, chosen: Tensor) -> Tensor:

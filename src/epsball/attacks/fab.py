@@ -229,13 +229,18 @@ def onto_plane(z: Tensor, w: Tensor, rise: Tensor, low: Tensor, high: Tensor, gr
 
 
 def onto_plane_l1(z: Tensor, w: Tensor, rise: Tensor, low: Tensor, high: Tensor) -> Tensor:
-    """`onto_plane` for L1: features by falling |w|, each up to its bound, until the plane is met."""
+    """`onto_plane` for L1: features by falling |w|, each up to its bound, until the plane is met.
+
+    Where the box does not let it, those of |w| below the rounding of float32 stay: they lead far away, and no closer to the plane.
+    """
     weight, toward, space = _useful(z, w, rise, low, high)
     order = weight.argsort(dim=1, descending=True, stable=True)
-    gain = (weight * space).gather(1, order)
-    missing = (rise.abs()[:, None] - torch.nn.functional.pad(gain.cumsum(1), (1, 0))[:, :-1]).clamp(min=0.0)
-    sorted_change = torch.minimum(space.gather(1, order), missing / weight.gather(1, order).clamp(min=1e-300))
-    return toward * torch.zeros_like(space).scatter(1, order, sorted_change)
+    gain, sorted_weight, sorted_space = (weight * space).gather(1, order), weight.gather(1, order), space.gather(1, order)
+    total = gain.cumsum(1)
+    missing = (rise.abs()[:, None] - torch.nn.functional.pad(total, (1, 0))[:, :-1]).clamp(min=0.0)
+    sorted_change = torch.minimum(sorted_space, missing / sorted_weight.clamp(min=1e-300))
+    spared = (total[:, -1:] < rise.abs()[:, None]) & (sorted_weight <= torch.finfo(torch.float32).eps * sorted_weight[:, :1])
+    return toward * torch.zeros_like(space).scatter(1, order, sorted_change.masked_fill(spared, 0.0))
 
 
 def _useful(z: Tensor, w: Tensor, rise: Tensor, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor, Tensor]:

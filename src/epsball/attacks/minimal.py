@@ -101,7 +101,11 @@ def _look(problem: Problem, state: _Shell, gradient: Gradient, soft: bool) -> Re
 
 def _uphill(problem: Problem, gradient: Tensor, p: float, move: int) -> tuple[Tensor, Tensor]:
     """(where it climbs, the p-norm (B,) of that): the gradient; keyed noise where it vanished."""
-    steep, tiny = lengths(gradient, p), torch.finfo(gradient.dtype).tiny ** 0.5  # so that a step over it stays finite
+    tiny = torch.finfo(gradient.dtype).tiny ** 0.4  # so that a step over it stays finite, and a norm is exact
+    steep = torch.linalg.vector_norm(gradient.flatten(1), p, dim=1)
+    if strictly_between(steep, tiny, 1 / tiny):
+        return gradient, steep
+    steep, tiny = lengths(gradient, p), tiny**1.25
     if strictly_between(steep, tiny, 1 / tiny):
         return gradient, steep
     odd = (~((steep > tiny) & (steep < 1 / tiny))).nonzero().squeeze(1)
@@ -155,13 +159,17 @@ def shortened(threat: Projects, change: Tensor, radius: Tensor) -> Tensor:
     """
     most = per_sample(radius, change)
     if isinstance(threat, Linf):
-        return change.clamp(-most, most)
+        return torch.minimum(torch.maximum(change, -most), most)  # by row, several times as quick as `clamp`
     if isinstance(threat, L2):
         return change * (most / per_sample(lengths(change, 2), change)).clamp(max=1.0).nan_to_num_(nan=1.0)
     if isinstance(threat, L1):
-        most = level(change.abs(), most)
-        return change - change.clamp(-most, most)
+        return less(change, level(change.abs(), most))
     raise BadInput(f"threat '{threat.name}': has no ball of changes: use linf, l2 or l1")
+
+
+def less(change: Tensor, amount: Tensor) -> Tensor:
+    """Every entry closer to 0 by `amount` >= 0 (broadcasts), 0 where it is smaller."""
+    return (change - amount).clamp_(min=0.0).add_((change + amount).clamp_(max=0.0))
 
 
 def level(long: Tensor, amount: Tensor) -> Tensor:
@@ -346,12 +354,21 @@ def offered(problem: Problem, reading: Reading, success: Tensor) -> Reading:
     return replace(muted, z=z, x_adv=z)
 
 
-def hushed(problem: Problem, reading: Reading, success: Tensor) -> Reading:
-    """`offered` where the first look is at the clean input: z may stay, as `run` keeps a failure only where its score rises."""
-    shown = success | ~valid(reading.output)
+def hushed(problem: Problem, reading: Reading, success: Tensor, over: Tensor | None = None) -> Reading:
+    """`offered` where the first look is at the clean input: z may stay, as `run` keeps a failure only where its score rises.
+
+    `over` (B,) bool: whose search ends with this look.
+    """
+    plain = math.isfinite(float(reading.output.sum()))
+    shown = success if plain else success | ~valid(reading.output)
     score = problem.objective(problem, problem.x, problem.x, problem.clean)
     output = torch.where(shown[:, None], reading.output, problem.clean)
-    return Reading(reading.z, reading.x_adv, output, torch.where(shown, reading.score, score))
+    return Reading(reading.z, reading.x_adv, output, torch.where(shown, reading.score, score), over=over)
+
+
+def finite(values: Tensor) -> Tensor:
+    """`values`, with 0 where they are no numbers; seldom more than a sum, as nothing infinite sums to a finite number."""
+    return values if math.isfinite(float(values.sum())) else torch.nan_to_num(values, nan=0.0, posinf=0.0, neginf=0.0)
 
 
 def first_weight(reading: Reading) -> Tensor:
