@@ -417,12 +417,13 @@ def test_who_came_near_is_searched_longer_and_from_other_starts(norm: str) -> No
 
 def test_under_l1_walks_go_on_where_they_pay_and_larger_balls_where_samples_came_near() -> None:
     stages = plan(named("l1"), "default", classes=10, single_label=True, gradients=True)
-    walk, walks, search, wider = stages[-4:]
+    walk, walks, search, wider, aimed = stages[-5:]
     assert isinstance(walks.attack, Restarts)
     assert repr(walk.attack) == repr(walks.attack.attack)
     assert (walks.attack.first, walks.pays > 0) == (1, True)
     assert search.attack.name == wider.attack.name == "from_larger"
-    assert 1 > search.near > wider.near
+    assert 1 > search.near > wider.near > aimed.near
+    assert aimed.pays > 0
 
 
 @pytest.mark.parametrize(("broken", "asked"), [(0, False), (1, False), (2, True)])

@@ -205,7 +205,7 @@ def _default(threat: Projects, classes: int) -> Iterator[Stage]:
     one to 0.155. Where walks break many of those (networks whose gradients mislead), twenty steps toward every class break some more.
     """
     if isinstance(threat, L1):
-        yield from _sparse(threat)
+        yield from _sparse(threat, classes)
         return
     linf = isinstance(threat, Linf)
     yield _aimed(threat, 20, 3, 3 if linf else 2, classes)
@@ -217,14 +217,18 @@ def _default(threat: Projects, classes: int) -> Iterator[Stage]:
     yield replace(_walks(threat, 60, 4, far=3, rounds=2, first=2), near=VERY_NEAR)
 
 
-def _sparse(threat: L1) -> Iterator[Stage]:
-    """Under L1 the right sparsity has to be found: in larger balls the features that matter show themselves (`from_larger`)."""
+def _sparse(threat: L1, classes: int) -> Iterator[Stage]:
+    """Under L1 the right sparsity has to be found: in larger balls the features that matter show themselves (`from_larger`).
+
+    Where restarts of that still break many, some more break toward one class or another.
+    """
     yield Stage(apgd(20, threat=threat, objective=margin), 20)
     yield _walks(threat, 30, 1, far=3, rounds=2)
     yield replace(_walks(threat, 30, 2, far=3, rounds=2, first=1), pays=0.05)
     yield Stage(from_larger(40, threat=threat, objective=margin, scales=_BALLS), 40, near=0.6)
     wider = from_larger(40, threat=threat, objective=margin, scales=(16.0, *_BALLS))
     yield Stage(Restarts(wider, 2, first=1, abreast=True), 80, near=0.3)
+    yield replace(_aimed(threat, 20, 1, 3, classes), near=0.2, pays=0.1)
 
 
 def _long(threat: Projects, classes: int) -> Iterator[Stage]:
