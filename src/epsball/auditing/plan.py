@@ -33,7 +33,7 @@ from epsball.threats import L0, L1, L2, Color, Flow, Linf, Patch, Rigid
 
 EFFORTS = ("fast", "default", "max")
 _STEPS = {"fast": 10, "default": 40, "max": 100}
-NEAR, VERY_NEAR = 0.12, 0.02
+NEAR, VERY_NEAR = 0.12, 0.03
 """Shares of the clean margin that searches must have come down to for two long walks, and for four more, to be worth their rows."""
 _BALLS = (8.0, 4.0, 2.0, 1.0)
 """In budgets: where searches under L1 come from."""
