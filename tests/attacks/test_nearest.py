@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 import epsball as eb
-from epsball.attacks import bisection, get, nearest
+from epsball.attacks import bisection, get, nearest, outside_in
 from epsball.attacks.inward import Inward, inward
 from epsball.core import Targeted, Victim
 from epsball.errors import BadInput
@@ -99,3 +99,11 @@ def test_one_line_errors() -> None:
         nearest(-50)
     with pytest.raises(BadInput, match="has no smallest search"):
         nearest(100, Flow())  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("norm", "radius"), [("l2", 0.6), ("l1", 1.0)])
+def test_where_a_walk_from_outside_begins_does_not_hang_on_dropping(norm: str, radius: float) -> None:
+    data, attack = eb.load_data("digits", n=60), outside_in(20, named(norm), far=3, rounds=2)
+    kept, dropped = (attack(load("digits-robust"), data.x, data.y, radius, drop=drop) for drop in (False, True))
+    assert 0 < int(dropped.reached.sum()) < 60
+    assert torch.equal(kept.reached, dropped.reached)

@@ -189,7 +189,8 @@ class OutsideIn:
                 return whole
             part = case.take(rows)
             c = replace(part, key=part.key.fold(self.name))
-            away = replace(c, radius=reach).run(self.far, drop, watch)
+            # Dropping, whatever was asked: a search that goes on after its first success ends elsewhere, and so would the walk.
+            away = replace(c, radius=reach).run(self.far, True, watch)
             # From 40 times as far as the end, say: exp(-gamma * steps / 2) is how far the ball can shrink.
             gamma, share = min(7.5 / max(self.steps, 1), 0.3), 0.1 if isinstance(self.threat, L1) else 0.3
             walk = inward(self.threat, away.x_adv, self.steps, share, gamma, smallest=self.smallest)
