@@ -21,6 +21,12 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "quick"))
 
 
 @pytest.fixture(autouse=True)
+def own_random_numbers() -> None:
+    """Every test draws the same numbers, whichever tests ran before it."""
+    torch.default_generator.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
 def few_checks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Audits in tests leave out most of their checks, which have tests of their own and cost more than small audits; `doubt` keeps all."""
     if request.node.get_closest_marker("doubt") is None and "epsball.auditing.cascade" in sys.modules:
