@@ -4,7 +4,8 @@
 nothing else; peers.md says how it is installed), with EPSBALL_DATA. One thread; both sides get the same correctly classified
 test images. AutoAttack is the official code, version `standard`, which drops what it has broken as the audit does; its answers
 are judged by a fresh look, as ours are. Every run is kept in cache/autoattack: AutoAttack's once, ours until the package's
-search code changes. `--tables` runs nothing. `--only WORD ...` takes the cases whose name holds a word.
+search code changes. `--tables` runs nothing. `--only WORD ...` takes the cases whose name holds a word. `--turns SEED ...` keeps
+nothing and writes nothing: it prints, case by case, AutoAttack and the search with each of these seeds in turn, twice.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import json
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -150,8 +151,8 @@ def official(at: Case, seed: int) -> Run:
     return Run(_stands(at, x_adv.clamp(0, 1), 1e-5), model.forwards, model.backwards, time.process_time() - started)
 
 
-def ours(at: Case, seed: int, effort: str) -> Run:
-    """The audit's search alone, with the referee; then the whole audit, with preflight and checks."""
+def searched(at: Case, seed: int, effort: str) -> Run:
+    """The audit's search alone, with the referee."""
     books = Books()
     model = Counting(copy.deepcopy(at.net), books).eval()
     subject = Subject(Victim(model), at.x, at.y, torch.arange(len(at.x)), "benchmark", {})
@@ -161,7 +162,12 @@ def ours(at: Case, seed: int, effort: str) -> Run:
     for stage in stages_of(sheet, current, effort):
         attack_round(sheet, referee, current, stage, seed, True, lambda *_: None)
     seconds, rows = time.process_time() - started, (books.forwards, books.backwards)
-    return Run(_stands(at, sheet.hits[current.threat].x_adv, 0.0), *rows, seconds, source(), _audited(at, seed, effort))
+    return Run(_stands(at, sheet.hits[current.threat].x_adv, 0.0), *rows, seconds, source())
+
+
+def ours(at: Case, seed: int, effort: str) -> Run:
+    """The audit's search; then the whole audit, with preflight and checks."""
+    return replace(searched(at, seed, effort), whole=_audited(at, seed, effort))
 
 
 def _audited(at: Case, seed: int, effort: str) -> dict[str, float]:
@@ -208,6 +214,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--only", nargs="+", default=[], help="only cases whose name holds one of these")
     parser.add_argument("--efforts", nargs="*", default=list(EFFORTS), choices=EFFORTS)
     parser.add_argument("--tables", action="store_true", help="run nothing, write the tables")
+    parser.add_argument("--turns", nargs="+", type=int, metavar="SEED", help="both sides in turn, the search with these seeds; prints only")
     return parser.parse_args()
 
 
@@ -282,9 +289,24 @@ def run_all(arguments: argparse.Namespace) -> None:
             print(row(at, seed, effort), flush=True)
 
 
+def in_turn(arguments: argparse.Namespace) -> None:
+    """Both sides under the same load: AutoAttack, then the search with each seed, all twice."""
+    for at in cases(arguments.n, arguments.seed, arguments.only):
+        for _ in range(2):
+            theirs = official(at, arguments.seed)
+            print(f"{at.name} {at.norm}:{at.text}, n {len(at.x)}: AutoAttack stands {theirs.robust}, {theirs.seconds:.2f} s")
+            for seed in arguments.turns:
+                mine = searched(at, seed, "default")
+                share, rows = mine.seconds / theirs.seconds, mine.backwards / theirs.backwards
+                print(f"  seed {seed}: {mine.robust}, {mine.seconds:.2f} s ({share:.1%}), gradient rows {rows:.1%}", flush=True)
+
+
 def main() -> None:
     arguments = parsed()
     torch.set_num_threads(1)
+    if arguments.turns:
+        in_turn(arguments)
+        return
     if not arguments.tables:
         run_all(arguments)
     lines = (row(at, arguments.seed, effort) for at in cases(arguments.n, arguments.seed, []) for effort in EFFORTS)
