@@ -117,6 +117,7 @@ def _repeated(case: Case, attack: AttackLike, turn: Turn, runs: range, abreast: 
 
 
 def _abreast(case: Case, attack: AttackLike, threat: Projects, turn: Turn, runs: range, drop: bool, watch: Watch | None) -> Outcome:
+    """All runs of some samples in one batch. Earlier runs win ties, as in turn, so that the batch decides nothing."""
     whole, count = nothing(case, threat, len(runs)), len(runs)
     begun = (~whole.reached & ~whole.flags["invalid"]).nonzero().squeeze(1)
     for rows in torch.split(begun, max(WIDE, len(begun)) // count or 1) if len(begun) else ():

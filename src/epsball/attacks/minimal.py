@@ -111,7 +111,7 @@ def _uphill(problem: Problem, gradient: Tensor, p: float, move: int) -> tuple[Te
     odd = (~((steep > tiny) & (steep < 1 / tiny))).nonzero().squeeze(1)
     rows, length = unit(gradient[odd], p)
     lost = odd[length == 0]
-    noise = normalized(problem.key.fold("lost", move).normal(problem.ids[lost], problem.x[lost]), p)
+    noise = normalized(problem.key.take(lost).fold("lost", move).normal(problem.ids[lost], problem.x[lost]), p)
     return gradient.index_copy(0, odd, rows).index_copy(0, lost, noise), steep.index_fill(0, odd, 1.0)
 
 
@@ -359,8 +359,7 @@ def hushed(problem: Problem, reading: Reading, success: Tensor, over: Tensor | N
 
     `over` (B,) bool: whose search ends with this look.
     """
-    plain = math.isfinite(float(reading.output.sum()))
-    shown = success if plain else success | ~valid(reading.output)
+    shown = success | ~valid(reading.output)
     score = problem.objective(problem, problem.x, problem.x, problem.clean)
     output = torch.where(shown[:, None], reading.output, problem.clean)
     return Reading(reading.z, reading.x_adv, output, torch.where(shown, reading.score, score), over=over)
