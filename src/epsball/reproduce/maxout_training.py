@@ -233,8 +233,7 @@ NOTES = (
     f"The step of the FGSM mix is not clipped, as in the paper; {HELD:,} training images are held out, and the epoch with the least error "
     "behind FGSM on them is kept. All but the standard and the PGD network are trained in bfloat16.",
     "How many pixels share the weight of a filter: (sum w^2)^2 / sum w^4. Strokes became local where weights start small and SGD "
-    "trains, with which only pixels with a gradient get weight; AdamW, with less dropout, from the same start made far fewer so. Filters "
-    "that look like noise in the FGSM mix follow the signs of the step itself, a sign that the step gives the label away.",
+    "trains, with which only pixels with a gradient get weight; AdamW, with less dropout, from the same start made far fewer so.",
 )
 
 
