@@ -170,6 +170,20 @@ def test_runs_side_by_side_are_one_call_with_a_key_for_every_row() -> None:
     assert torch.equal(drawn, torch.stack([key.uniform(content_ids(X), X) for key in keys]))
 
 
+def test_numbers_give_each_sample_its_own_many_runs() -> None:
+    """As a call of its own with that many runs; 0 runs ask nothing."""
+    b, counts = bench(4, n=12), torch.tensor([0, 1, 2, 3] * 3)
+    inner, radius = get("apgd", steps=5), 0.5 * radius_of("linf")
+    mixed = Restarts(inner, 3, abreast=counts)(b.model, b.x, b.labels, radius, 3, drop=False)
+    assert not bool((mixed.x_adv != b.x)[counts == 0].any())
+    assert int(mixed.queries[2:][counts[2:] == 0].sum()) == 2, "the clean answers alone"
+    for count in (1, 2, 3):
+        rows = counts == count
+        alone = Restarts(inner, count)(b.model, b.x[rows], b.labels[rows], radius, 3, drop=False)
+        assert torch.equal(mixed.x_adv[rows], alone.x_adv)
+        assert torch.equal(mixed.queries[rows], alone.queries)
+
+
 def test_every_target_goes_through_the_classes_in_order() -> None:
     log: list[Any] = []
     EveryTarget(Fake(((0.2,), ()), log), 9, by_logit)(model, X, LABELS, 0.1)

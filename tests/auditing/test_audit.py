@@ -234,7 +234,7 @@ def test_default_threats_are_proportional_to_the_box(shape: tuple[int, ...]) -> 
 def test_every_plan_begins_cheap_and_has_an_attack(effort: str, threat: str) -> None:
     for classes, single in ((2, True), (3, True), (10, True), (1, False), (5, False)):
         stages = plan(named(threat), effort, classes=classes, single_label=single, gradients=True)
-        assert stages[0].attack.name == "noise"
+        assert [s.attack.name for s in stages[:2]] == ["pgd", "noise"]
         assert len(stages) >= 3
         assert all(stage.rows > 0 and stage.attack.threat.name == threat for stage in stages)
     assert [s.attack.name for s in plan(named(threat), effort, classes=10, single_label=True, gradients=False)] == ["noise"]
@@ -402,17 +402,21 @@ def test_the_users_victim_keeps_its_name_and_batch_size(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("norm", ["linf", "l2"])
-def test_who_came_near_is_searched_longer_and_from_other_starts(norm: str) -> None:
+def test_who_came_near_is_searched_from_more_starts(norm: str) -> None:
     stages = plan(named(norm), "default", classes=10, single_label=True, gradients=True)
     shares = [stage.near for stage in stages]
     assert shares == sorted(shares, reverse=True)
     assert shares[0] == 1.0
-    first, more = stages[-3].attack, stages[-1].attack
-    assert [stage.pays > 0 for stage in stages[-3:]] == [False, True, False]
-    assert isinstance(first, Restarts)
-    assert isinstance(more, Restarts)
-    assert repr(first.attack) == repr(more.attack)
-    assert (first.first or 0) + first.count == more.first
+    walks, aimed = stages[-2:]
+    assert isinstance(walks.attack, Restarts)
+    assert walks.nearer is not None
+    share, runs = walks.nearer
+    assert (share < walks.near, runs < walks.attack.count, aimed.pays > 0) == (True, True, True)
+    suited = walks.suited(torch.tensor([0.0, share, walks.near], dtype=torch.float64))
+    assert isinstance(suited, Restarts)
+    assert isinstance(suited.abreast, torch.Tensor)
+    assert suited.abreast.tolist() == [walks.attack.count, walks.attack.count, runs]
+    assert (suited.attack, suited.count) == (walks.attack.attack, walks.attack.count)
 
 
 def test_under_l1_walks_go_on_where_they_pay_and_larger_balls_where_samples_came_near() -> None:

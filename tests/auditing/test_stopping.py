@@ -103,7 +103,8 @@ def test_a_budget_of_rows_is_never_exceeded_and_every_row_is_booked(budget: int,
     rows = [row for current in sheet.rounds for row in current.attacks]
     assert model.forwards == sum(row.forwards for row in rows) <= budget
     assert model.backwards == sum(row.backwards for row in rows)
-    assert model.forwards > budget - 40  # what is left is too little for one more call
+    widest = 7 if batch_size else 3 * 40  # rows of a call: three targets of every digit go side by side
+    assert model.forwards > budget - widest  # what is left is too little for one more call
     assert {flag.id for current in sheet.rounds for flag in current.flags} == {"budget"}
 
 

@@ -104,32 +104,42 @@ def _union(case: Case, threat: Projects, stages: list[Stage], steps: int, drop: 
     return whole
 
 
-def _repeated(case: Case, attack: AttackLike, turn: Turn, runs: range, abreast: bool, drop: bool, watch: Watch | None) -> Outcome:
+Abreast = bool | Tensor | None
+"""Whether runs of one attack go side by side; (B,) whole numbers: they do, and each sample gets only so many of them."""
+
+
+def _repeated(case: Case, attack: AttackLike, turn: Turn, runs: range, abreast: Abreast, drop: bool, watch: Watch | None) -> Outcome:
     """Runs of one attack in turn, or side by side: the same successes, in fewer and larger batches."""
-    threat = attack.threat.within(case.victim.box)
-    if abreast:
-        return _abreast(case, attack, threat, turn, runs, drop, watch)
+    if isinstance(abreast, Tensor) or abreast:
+        counts = abreast.to(case.x.device) if isinstance(abreast, Tensor) else torch.full((len(case.x),), len(runs), device=case.x.device)
+        return _abreast(case, attack, turn, runs, counts, drop, watch)
 
     def stage(number: int) -> Stage:
         return lambda c, rows: turn(c, rows, torch.full_like(rows, number)).run(attack, drop, watch)
 
-    return _union(case, threat, [stage(number) for number in runs], len(runs), drop)
+    return _union(case, attack.threat.within(case.victim.box), [stage(number) for number in runs], len(runs), drop)
 
 
-def _abreast(case: Case, attack: AttackLike, threat: Projects, turn: Turn, runs: range, drop: bool, watch: Watch | None) -> Outcome:
-    """All runs of some samples in one batch. Earlier runs win ties, as in turn, so that the batch decides nothing."""
-    whole, count = nothing(case, threat, len(runs)), len(runs)
+def _abreast(case: Case, attack: AttackLike, turn: Turn, runs: range, counts: Tensor, drop: bool, watch: Watch | None) -> Outcome:
+    """The first `counts` (B,) runs of every sample in one batch. Earlier runs win ties, as in turn, so that the batch decides nothing."""
+    whole = nothing(case, attack.threat.within(case.victim.box), len(runs))
     begun = (~whole.reached & ~whole.flags["invalid"]).nonzero().squeeze(1)
-    for rows in torch.split(begun, max(WIDE, len(begun)) // count or 1) if len(begun) else ():
-        several, numbers = rows.repeat(count), torch.arange(runs.start, runs.stop, device=rows.device).repeat_interleave(len(rows))
+    for rows in torch.split(begun, max(WIDE, len(begun)) // len(runs) or 1) if len(begun) else ():
+        parts = [rows[counts[rows] > number] for number in range(len(runs))]
+        several = torch.cat(parts)
+        if not len(several):
+            continue
+        sizes = [len(part) for part in parts]
+        numbers = torch.arange(runs.start, runs.stop, device=rows.device).repeat_interleave(torch.tensor(sizes, device=rows.device))
 
         def samples(step: int, steps: int, left: int, most: int = len(rows)) -> None:
             if watch is not None:
                 watch(step, steps, min(left, most))
 
-        found = turn(case.take(several), several, numbers).run(attack, drop, samples)
-        for first in range(0, len(several), len(rows)):
-            whole = merged(whole, rows, take(found, slice(first, first + len(rows))))
+        found, first = turn(case.take(several), several, numbers).run(attack, drop, samples), 0
+        for part in parts:
+            whole = merged(whole, part, take(found, slice(first, first + len(part))))
+            first += len(part)
     return whole
 
 
@@ -139,13 +149,13 @@ class Restarts:
 
     `first` is the number of the first run: to go on where others, of that many runs, have ended. `abreast` has all runs of a
     sample side by side in one batch: the same result in up to `count` times fewer calls of the model, for the rows of runs
-    that would not have been needed.
+    that would not have been needed. Whole numbers (B,) do so too, and give each sample only so many runs.
     """
 
     attack: AttackLike
     count: int
     first: int | None = None
-    abreast: bool | None = None
+    abreast: Abreast = None
 
     @property
     def name(self) -> str:
@@ -179,7 +189,7 @@ class Restarts:
 
         with Victim.of(model) as victim:
             case, first = opened(victim, x, goal, radius, clean, seed), self.first or 0
-            return _repeated(case, self.attack, turn, range(first, first + self.count), bool(self.abreast), drop, watch)
+            return _repeated(case, self.attack, turn, range(first, first + self.count), self.abreast, drop, watch)
 
     def __repr__(self) -> str:
         return recipe(self)
@@ -285,7 +295,7 @@ class EveryTarget:
                 key = c.key.branch(ranks, lambda key, rank: key.fold("target", rank))
                 return replace(c, goal=Aimed(labels[rows], targets[rows, ranks]), key=key)
 
-            whole = _repeated(case, self.attack, turn, range(count), bool(self.abreast), drop, watch)
+            whole = _repeated(case, self.attack, turn, range(count), self.abreast, drop, watch)
         return replace(whole, queries=whole.queries + tally.forwards, backwards=whole.backwards + tally.backwards)
 
     def __repr__(self) -> str:

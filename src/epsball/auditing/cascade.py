@@ -15,7 +15,7 @@ from epsball.auditing.referee import Referee
 from epsball.auditing.results import Flag
 from epsball.auditing.sheet import Round, Sheet
 from epsball.auditing.stopping import Spent, Stopping
-from epsball.core import Outcome, Tally, Untargeted
+from epsball.core import LabelsChanged, Outcome, Tally, Untargeted
 from epsball.threats import is_input
 
 
@@ -138,7 +138,7 @@ def attack_round(
     if not len(rows) or (stage.pays and not worth(current, stage)):
         return rows[:0]
     started = time.perf_counter()
-    x, goal, attack = subject.x[rows], subject.goal.take(rows), stage.attack
+    x, goal, attack = subject.x[rows], subject.goal.take(rows), stage.suited(hits.near[rows])
     drop = drop and not stage.keep
     outcome = attack(stage.victim or subject.victim, x, goal, current.radius, seed, clean=sheet.clean[rows], drop=drop, watch=watch)
     met = rows[outcome.flags["invalid"].cpu()]
@@ -164,7 +164,7 @@ def attack_round(
         current.beyond += len(broken) if stage.beyond else 0
         hits.radius[broken] = current.radius  # last: an interrupt before this line leaves these samples standing
     outcome = nearer(sheet, current, rows, outcome)
-    current.attacks.append(attack_row(attack.name, repr(attack), len(rows), len(broken), outcome, time.perf_counter() - started))
+    current.attacks.append(attack_row(attack.name, repr(stage.attack), len(rows), len(broken), outcome, time.perf_counter() - started))
     return spent
 
 
@@ -179,7 +179,7 @@ def nearer(sheet: Sheet, current: Round, rows: Tensor, outcome: Outcome) -> Outc
     subject, hits = sheet.subject, sheet.hits[current.threat]
     left = (hits.radius[rows] > current.radius).nonzero().squeeze(1)
     goal, place = subject.goal.take(rows[left]), rows[left]
-    if not sheet.shown or sheet.sight.random or not isinstance(goal, Untargeted) or not len(left):
+    if not sheet.shown or sheet.sight.random or not isinstance(goal, Untargeted | LabelsChanged) or not len(left):
         return outcome
     tally = Tally.zeros(len(left))
     output = subject.victim.outputs(outcome.x_adv[left], tally).cpu()
@@ -190,10 +190,16 @@ def nearer(sheet: Sheet, current: Round, rows: Tensor, outcome: Outcome) -> Outc
     return replace(outcome, queries=queries)
 
 
-def gap(output: Tensor, goal: Untargeted) -> Tensor:
-    """(B,) by how much the label's score leads the next."""
-    own = output.gather(1, goal.labels.cpu()[:, None]).squeeze(1)
-    return own - output.scatter(1, goal.labels.cpu()[:, None], -torch.inf).amax(1)
+def gap(output: Tensor, goal: Untargeted | LabelsChanged) -> Tensor:
+    """(B,) by how much the label's score leads the next; among several labels, how firm the least firm decision is.
+
+    >>> gap(torch.tensor([[2.0, -1.0]]), Untargeted(torch.tensor([0]))), gap(torch.tensor([[2.0, -1.0]]), LabelsChanged(torch.eye(2)[:1]))
+    (tensor([3.]), tensor([1.]))
+    """
+    if isinstance(goal, LabelsChanged):
+        return replace(goal, labels=goal.labels.cpu()).signed(output).amin(1)
+    labels = goal.labels.cpu()[:, None]
+    return output.gather(1, labels).squeeze(1) - output.scatter(1, labels, -torch.inf).amax(1)
 
 
 def eight_bit(sheet: Sheet, referee: Referee) -> None:
