@@ -23,12 +23,16 @@ from epsball.threats import L0, L1, L2, Linf
 
 @dataclass(frozen=True)
 class _Way:
-    """Where a walk stands: at z inside `radius` (B,); `best` (B,) is the smallest success, +inf before the first."""
+    """Where a walk stands: at z inside `radius` (B,); `best` (B,) is the smallest success, +inf before the first.
+
+    `clean` (B,) is the score of the clean input.
+    """
 
     z: Tensor
     radius: Tensor
     best: Tensor
     slope: Tensor
+    clean: Tensor
     looks: int
     steps: int
 
@@ -38,8 +42,8 @@ def _begin(problem: Problem, start: Tensor | None, steps: int) -> _Way:
     if start.shape != problem.x.shape:
         raise BadInput(f"start: {tuple(start.shape)} for inputs {tuple(problem.x.shape)}: give one point per input still searched")
     z = problem.threat.project(problem.x, start.to(problem.x), torch.full_like(problem.radius, torch.inf))
-    nothing = torch.full_like(problem.radius, torch.inf)
-    return _Way(z, problem.threat.size(problem.x, z), nothing, torch.zeros_like(z), 0, max(steps, 1))
+    nothing, clean = torch.full_like(problem.radius, torch.inf), problem.objective(problem, problem.x, problem.x, problem.clean)
+    return _Way(z, problem.threat.size(problem.x, z), nothing, torch.zeros_like(z), clean, 0, max(steps, 1))
 
 
 def _seen(problem: Problem, reading: Reading, state: _Way) -> tuple[Tensor, Tensor]:
@@ -97,8 +101,8 @@ class Inward:
         last = torch.minimum(radius, problem.radius) if state.looks + 1 == state.steps else radius
         z = problem.threat.project(problem.x, state.z + per_sample(length, push) * direction, last)
         inside = problem.threat.size(problem.x, state.z) <= problem.radius
-        shown = replace(offered(problem, reading, inside), over=over & ~inside)
-        return shown, replace(state, z=z, radius=radius, best=best, looks=state.looks + 1)
+        shown = offered(problem, reading, inside) if bool(inside.any()) else Reading(problem.x, problem.x, problem.clean, state.clean)
+        return replace(shown, over=over & ~inside), replace(state, z=z, radius=radius, best=best, looks=state.looks + 1)
 
     def _shrink(self, looks: int, steps: int) -> float:
         """By what factor the ball shrinks if every look left is a success."""

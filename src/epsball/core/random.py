@@ -1,13 +1,13 @@
 """Keyed randomness: noise is a function of (seed, attack, restart, sample content, draw), never of a stream.
 
-So batch size, order, duplicates, dropping and resuming cannot change what a sample is given. Counter-based Philox
-generators (Salmon et al. 2011), one per row; about 12 microseconds for an MNIST row on a CPU.
+So batch size, order, duplicates, dropping and resuming cannot change what a sample is given. A counter-based Philox
+generator (Salmon et al. 2011) with a key for every row; 4 microseconds for an MNIST row on a CPU.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -60,20 +60,24 @@ class Key:
         """The keys of some of the rows."""
         return self if self.which is None else replace(self, which=self.which[rows])
 
-    def _generators(self, ids: Tensor) -> list[np.random.Generator]:
+    def _digests(self, ids: Tensor) -> Iterator[bytes]:
+        """128 bits per row, of its place and its id (B,)."""
         prefixes = [hashlib.blake2b(repr(key.path).encode(), digest_size=16) for key in self.ways or (self,)]
         which = [0] * len(ids) if self.which is None else self.which.tolist()
-        generators = []
         for sample, way in zip(ids.tolist(), which, strict=True):
             digest = prefixes[way].copy()
             digest.update(int(sample).to_bytes(8, "little", signed=True))
-            generators.append(np.random.Generator(np.random.Philox(key=int.from_bytes(digest.digest(), "little"))))
-        return generators
+            yield digest.digest()
 
     def _draw(self, kind: str, ids: Tensor, like: Tensor) -> Tensor:
         size = like[0].numel() if len(like) else 0
         out = np.empty((len(ids), size), dtype=np.float32)
-        for row, generator in zip(out, self._generators(ids), strict=True):
+        philox = np.random.Philox(key=0)
+        generator, begun = np.random.Generator(philox), philox.state
+        for row, digest in zip(out, self._digests(ids), strict=True):
+            # A new key for the same generator: a quarter of the time that a new generator takes, and the same numbers.
+            begun["state"]["key"] = np.frombuffer(digest, dtype="<u8")
+            philox.state = begun
             getattr(generator, kind)(dtype=np.float32, out=row)
         return torch.from_numpy(out).reshape(like.shape).to(like.device, like.dtype)
 
