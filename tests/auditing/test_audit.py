@@ -13,7 +13,7 @@ from planted import BinaryLinear, blobs, digits, linear, unusual, verdicts
 from torch import Tensor, nn
 
 import epsball as eb
-from epsball.attacks import Restarts
+from epsball.attacks import EveryTarget, Restarts
 from epsball.auditing.cascade import Tick, attack_round, cascade
 from epsball.auditing.checks import Scene, losses_agree
 from epsball.auditing.cost import Estimate
@@ -412,7 +412,7 @@ def test_who_came_near_is_searched_from_more_starts(norm: str) -> None:
     assert walks.nearer is not None
     share, runs = walks.nearer
     assert (share < walks.near, runs < walks.attack.count, aimed.pays > 0) == (True, True, True)
-    suited = walks.suited(torch.tensor([0.0, share, walks.near], dtype=torch.float64))
+    suited = walks.suited(torch.tensor([0.0, share, walks.near], dtype=torch.float64), 9, 0)
     assert isinstance(suited, Restarts)
     assert isinstance(suited.abreast, torch.Tensor)
     assert suited.abreast.tolist() == [walks.attack.count, walks.attack.count, runs]
@@ -421,13 +421,44 @@ def test_who_came_near_is_searched_from_more_starts(norm: str) -> None:
 
 def test_under_l1_walks_go_on_where_they_pay_and_larger_balls_where_samples_came_near() -> None:
     stages = plan(named("l1"), "default", classes=10, single_label=True, gradients=True)
-    walk, walks, search, wider, aimed = stages[-5:]
+    short, walk, walks, another, aimed, again, closer, long, *last = stages[-10:]
     assert isinstance(walks.attack, Restarts)
-    assert repr(walk.attack) == repr(walks.attack.attack)
-    assert (walks.attack.first, walks.pays > 0) == (1, True)
-    assert search.attack.name == wider.attack.name == "from_larger"
-    assert 1 > search.near > wider.near > aimed.near
-    assert aimed.pays > 0
+    assert isinstance(another.attack, Restarts)
+    assert repr(walk.attack) == repr(walks.attack.attack) == repr(another.attack.attack)
+    assert (walks.attack.first, another.attack.first) == (1, 3)
+    assert 0 < walks.pays < another.pays
+    assert short.attack.name == again.attack.name == "vertices"
+    assert (aimed.attack.name, closer.attack.name, long.attack.name) == ("from_larger_t", "vertices_t", "from_larger")
+    assert 1 == aimed.near > again.near > closer.near > long.near
+    assert isinstance(long.attack, Restarts)
+    assert long.nearer is not None
+    assert long.nearer[0] < long.near
+    assert long.nearer[1] < long.attack.count
+    assert [stage.attack.name for stage in last] == ["from_larger", "vertices"]
+    assert all(stage.fill is not None and stage.near == 1.0 for stage in last)
+    assert isinstance(last[1].attack, Restarts)
+    assert repr(last[1].attack.attack) == repr(short.attack)
+    assert last[1].attack.first == 1
+
+
+@pytest.mark.parametrize(("spent", "runs"), [(0, 3), (100, 3), (101, 2), (140, 1), (141, None), (999, None)])
+def test_a_stage_that_fills_runs_as_often_as_fits(spent: int, runs: int | None) -> None:
+    """20 rows for each of 10 that stand; a run of the 4 that are searched takes 5 rows each."""
+    stage = Stage(Restarts(eb.attacks.pgd(steps=5), 3, abreast=True), 15, fill=(20, 5))
+    attack = stage.suited(torch.zeros(4, dtype=torch.float64), 10, spent + 40)
+    assert (attack is None) is (runs is None)
+    if isinstance(attack, Restarts):
+        assert isinstance(attack.abreast, torch.Tensor)
+        assert attack.abreast.tolist() == [runs] * 4
+
+
+def test_under_l1_larger_balls_are_aimed_only_where_there_are_classes_to_aim_at() -> None:
+    aimed, free = (plan(named("l1"), "default", classes=10, single_label=single, gradients=True)[-6] for single in (True, False))
+    assert isinstance(aimed.attack, EveryTarget)
+    assert isinstance(free.attack, Restarts)
+    assert repr(aimed.attack.attack) == repr(free.attack.attack)
+    assert aimed.attack.count == free.attack.count
+    assert {stage.rows for stage in (aimed, free)} == {67, 60}
 
 
 @pytest.mark.parametrize(("broken", "asked"), [(0, False), (1, False), (2, True)])

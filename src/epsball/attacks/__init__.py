@@ -35,6 +35,7 @@ from epsball.attacks.surrogate import Surrogate, fit_surrogate, transferred
 from epsball.attacks.targets import by_logit, malt
 from epsball.attacks.transfer import di_fgsm, ensemble, ni_fgsm, si_fgsm, ti_fgsm, vmi_fgsm
 from epsball.attacks.universal import UniversalGradient, UniversalSum, cross_model_table, fooling_rate
+from epsball.attacks.vertices import vertices
 from epsball.attacks.zoo import zoo
 
 __all__ = [
@@ -114,6 +115,7 @@ __all__ = [
     "survival",
     "ti_fgsm",
     "transferred",
+    "vertices",
     "vmi_fgsm",
     "zoo",
 ]

@@ -134,12 +134,15 @@ def attack_round(
 ) -> Tensor:
     """One attack on the samples still standing; only what the referee confirms is entered, and its queries (K,) are returned."""
     subject, hits, threat = sheet.subject, sheet.hits[current.threat], sheet.threat(current.threat)
-    rows = (sheet.standing(current.threat, current.radius) & (hits.near <= stage.near)).nonzero().squeeze(1)
+    standing = sheet.standing(current.threat, current.radius)
+    rows = (standing & (hits.near <= stage.near)).nonzero().squeeze(1)
     if not len(rows) or (stage.pays and not worth(current, stage)):
         return rows[:0]
+    attack = stage.suited(hits.near[rows], int(standing.sum()), sum(row.backwards for row in current.attacks))
+    if attack is None:
+        return rows[:0]
     started = time.perf_counter()
-    x, goal, attack = subject.x[rows], subject.goal.take(rows), stage.suited(hits.near[rows])
-    drop = drop and not stage.keep
+    x, goal, drop = subject.x[rows], subject.goal.take(rows), drop and not stage.keep
     outcome = attack(stage.victim or subject.victim, x, goal, current.radius, seed, clean=sheet.clean[rows], drop=drop, watch=watch)
     met = rows[outcome.flags["invalid"].cpu()]
     hits.invalid[met] = hits.invalid[met].clamp(max=current.radius)

@@ -1,0 +1,124 @@
+"""Conditional gradients under L1: from vertex to vertex of balls that shrink to the budget."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from epsball.attacks.minimal import limits, offered
+from epsball.attacks.registry import register
+from epsball.core import Attack, Gradient, Objective, Problem, Projects, Reading, autograd
+from epsball.core.rows import per_sample
+from epsball.core.rule import normalized
+from epsball.errors import BadInput
+from epsball.objectives import margin
+from epsball.threats import L1
+
+_LARGER = 0.6
+"""Share of the looks that larger balls take."""
+_CHECKS = (0.3, 0.6, 0.85, 1.0)
+"""Shares of those after which a search that has reached its goal nowhere since the last check is over."""
+
+
+def vertex(problem: Problem, slope: Tensor, radius: Tensor) -> Tensor:
+    """(B, ...): the point of the L1 ball of `radius` (B,) and the box where <slope, z> is largest.
+
+    The features of largest slope go to the ends of their intervals, one after another, until the radius is spent. Exact.
+    """
+    low, high = limits(problem)
+    end = torch.where(slope > 0, high, low)
+    room = torch.minimum((end - problem.x).abs(), per_sample(radius, slope)).flatten(1)
+    order = slope.flatten(1).abs().argsort(1, descending=True)
+    sorted_room = room.gather(1, order)
+    left = (radius.to(room)[:, None] - (sorted_room.cumsum(1) - sorted_room)).clamp(min=0)
+    move = torch.zeros_like(room).scatter(1, order, torch.minimum(sorted_room, left))
+    return problem.x + move.reshape(slope.shape) * slope.sign()
+
+
+@dataclass(frozen=True)
+class _Tour:
+    """`slope` (B, ...): averaged unit gradients; `hit` (B,): some look since the last check reached the goal."""
+
+    z: Tensor
+    slope: Tensor
+    hit: Tensor
+    looks: int
+    steps: int
+
+
+@dataclass(frozen=True)
+class Vertices:
+    """z <- P(z + share * (v - z)), v the best vertex of the ball for the averaged gradient (Frank & Wolfe 1956, with memory).
+
+    The ball shrinks geometrically from `first` budgets to one over the first 60 % of the looks: in large balls the features that
+    matter show themselves. Steps there and back are as long as the ball is wide, so that nothing has to be tuned to it. Where no
+    look since the last of four checks reached the goal in a larger ball, the search is over, for smaller balls lie inside it.
+    Outside the budget `run` is shown the clean input.
+
+    Attributes:
+        first: radius of the first ball, in budgets, 1 or more. memory: of the averaged gradient.
+        share, last: first and last step, in ways to the vertex, along half a cosine. noise: from a random point of the first ball.
+    """
+
+    first: float
+    share: float = 0.7
+    last: float = 0.1
+    memory: float = 0.7
+    gradient: Gradient = autograd
+    noise: bool = True
+
+    def init(self, problem: Problem, steps: int) -> _Tour:
+        """At a random point of the first ball."""
+        radius = self._scale(0, steps) * problem.radius
+        z = problem.threat.start(problem.x, radius, problem.key if self.noise else None, problem.ids)
+        return _Tour(z, torch.zeros_like(z), torch.zeros(len(z), dtype=torch.bool, device=z.device), 0, steps)
+
+    def step(self, problem: Problem, state: _Tour) -> tuple[Reading, _Tour]:
+        """One look, one step toward a vertex of the next ball."""
+        reading = self.gradient(problem, state.z)
+        looks, hit = state.looks + 1, state.hit | problem.goal.reached(reading.output)
+        shown, larger = reading, self._larger(state.steps)
+        if state.looks < larger:
+            inside = problem.threat.size(problem.x, reading.z) <= problem.radius
+            check = looks in {round(part * larger) for part in _CHECKS}
+            shown = replace(offered(problem, reading, inside), over=~hit if check else None)
+            hit = torch.zeros_like(hit) if check else hit
+        slope = self.memory * state.slope + normalized(reading.gradient, 2)
+        radius = self._scale(looks, state.steps) * problem.radius
+        fall = (1 + math.cos(math.pi * state.looks / state.steps)) / 2
+        share = self.last + (self.share - self.last) * fall
+        moved = state.z + share * (vertex(problem, slope, radius) - state.z)
+        return shown, _Tour(problem.threat.project(problem.x, moved, radius), slope, hit, looks, state.steps)
+
+    def _larger(self, steps: int) -> int:
+        return round(_LARGER * steps) if self.first > 1 else 0
+
+    def _scale(self, looks: int, steps: int) -> float:
+        """Radius of the ball of a look, in budgets."""
+        larger = self._larger(steps)
+        return self.first ** (1 - looks / larger) if looks < larger else 1.0
+
+
+@register(
+    paper="epsball; the step is Frank & Wolfe's, 1956; larger balls as in arXiv 2103.01208 and the released AutoAttack",
+    threats=("l1",),
+    cost="at most steps forwards and backwards, 1 forward to judge",
+)
+def vertices(steps: int = 40, threat: Projects | None = None, objective: Objective = margin, first: float = 10.0) -> Attack:
+    """Conditional gradients under L1 in balls that shrink from `first` budgets to one (`Vertices`).
+
+    Args:
+        steps: looks, over all balls. threat: L1. objective: what is climbed. first: radius of the first ball, in budgets, 1 or more.
+
+    Raises:
+        BadInput: a threat other than L1, or a first ball inside the budget.
+    """
+    threat = threat or L1()
+    if not isinstance(threat, L1):
+        raise BadInput(f"threat '{threat.name}': has no sparse vertices: use l1")
+    if first < 1:
+        raise BadInput(f"first: {first}: must be 1 or more")
+    return Attack("vertices", threat, objective, Vertices(first), steps)

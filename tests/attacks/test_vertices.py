@@ -1,0 +1,136 @@
+"""Conditional gradients under L1: the vertex, the balls, where a search ends, what it finds."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import epsball as eb
+from epsball.attacks import apgd
+from epsball.attacks.combine import Restarts
+from epsball.attacks.vertices import Vertices, vertex, vertices
+from epsball.core import Attack, Key, Problem, Tally, Untargeted, Victim
+from epsball.models.digits import load
+from epsball.objectives import margin
+from epsball.threats import L1, Room
+
+
+class Seen(nn.Module):
+    """Two classes: class 1 wins where <weights, x - 0.5> exceeds `far`. Notes the L1 sizes of what it is asked."""
+
+    def __init__(self, far: float, weights: Tensor | None = None) -> None:
+        super().__init__()
+        self.far, self.weights = far, torch.ones(16, dtype=torch.float64) if weights is None else weights
+        self.sizes: list[float] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.sizes += (x - 0.5).abs().flatten(1).sum(1).tolist()
+        score = (x - 0.5) @ self.weights.to(x) - self.far
+        return torch.stack([torch.zeros_like(score), score], 1)
+
+
+def center(n: int = 1) -> tuple[Tensor, Tensor]:
+    """Inputs of 16 features in the middle of the box: at most 0.5 each way."""
+    return torch.full((n, 16), 0.5, dtype=torch.float64), torch.zeros(n, dtype=torch.int64)
+
+
+def problem(threat: L1, radius: float) -> Problem:
+    """One sample in the middle."""
+    x, y = center()
+    victim, size = Victim(Seen(1.0)), torch.tensor([radius], dtype=torch.float64)
+    clean = victim.outputs(x, Tally.zeros(1))
+    return Problem(victim, x, Untargeted(y), threat, margin, size, torch.zeros(1, dtype=torch.int64), clean, Key.of(0), Tally.zeros(1))
+
+
+def slopes() -> Tensor:
+    """Feature 5 is steepest, downward; then 2 and 9."""
+    slope = torch.full((1, 16), 0.01, dtype=torch.float64)
+    slope[0, 5], slope[0, 2], slope[0, 9] = -3.0, 2.0, 1.0
+    return slope
+
+
+@pytest.mark.parametrize(
+    ("box", "radius", "moves"),
+    [
+        ((0.0, 1.0), 0.3, {5: -0.3}),
+        ((0.0, 1.0), 1.2, {5: -0.5, 2: 0.5, 9: 0.2}),
+        ((0.25, 1.0), 1.0, {5: -0.25, 2: 0.5, 9: 0.25}),
+        ((-torch.inf, torch.inf), 1.2, {5: -1.2}),
+    ],
+)
+def test_the_vertex_spends_the_radius_on_the_steepest_features(box: tuple[float, float], radius: float, moves: dict[int, float]) -> None:
+    asked = problem(L1(Room(box=box)), radius)
+    change = vertex(asked, slopes(), asked.radius) - asked.x
+    expected = torch.zeros_like(change)
+    for place, value in moves.items():
+        expected[0, place] = value
+    assert torch.allclose(change, expected, atol=1e-12)
+
+
+def test_no_slope_is_no_move() -> None:
+    asked = problem(L1(Room(box=(0.0, 1.0))), 1.0)
+    assert torch.equal(vertex(asked, torch.zeros_like(asked.x), asked.radius), asked.x)
+
+
+def searched(far: float, steps: int, first: float = 4.0) -> tuple[Seen, eb.core.Outcome]:
+    """A search with radius 1."""
+    model, (x, y) = Seen(far), center()
+    return model, vertices(steps, L1(), first=first)(model, x, y, 1.0)
+
+
+def test_balls_shrink_geometrically_over_60_percent_of_the_looks() -> None:
+    model, outcome = searched(1 + 1e-6, 100)  # whatever exceeds 1 fools it, and nothing inside does
+    looks = torch.tensor(model.sizes[1:], dtype=torch.float64)  # after the clean one
+    assert not bool(outcome.reached)
+    assert len(looks) == 101
+    most = torch.tensor([4 ** (1 - look / 60) for look in range(60)], dtype=torch.float64)
+    assert bool((looks[:60] <= most + 1e-6).all())
+    assert bool((looks[5:60] > 0.7 * most[5:]).all())
+    assert float(looks[60:].max()) <= 1 + 1e-6
+
+
+@pytest.mark.parametrize(("far", "rows"), [(4.5, 18), (3.0, 36), (2.2, 51), (1.4, 60)])
+def test_it_is_over_at_the_check_after_which_larger_balls_held_nothing(far: float, rows: int) -> None:
+    """The balls of looks 0, 18, 36 and 51, with which the four stretches begin, are 4, 2.64, 1.74 and 1.23 budgets."""
+    _, outcome = searched(far, 100)
+    assert not bool(outcome.reached)
+    assert int(outcome.queries) == rows + 1
+    assert int(outcome.backwards) == rows
+    assert float(outcome.size) <= 1
+
+
+def test_it_solves_a_linear_problem() -> None:
+    weights = torch.linspace(0.1, 1.0, 16, dtype=torch.float64)
+    best = 0.5 * float(weights[-1] + weights[-2])  # radius 1: two features to their ends
+    x, y = center()
+    near = Attack("vertices", L1(), margin, Vertices(1.0, noise=False), 20)(Seen(0.99 * best, weights), x, y, 1.0)
+    beyond = Attack("vertices", L1(), margin, Vertices(1.0, noise=False), 20)(Seen(1.001 * best, weights), x, y, 1.0)
+    assert bool(near.reached)
+    assert not bool(beyond.reached)
+    assert float(near.size) <= 1
+
+
+@pytest.mark.parametrize("steps", range(8))
+def test_it_ends_inside_the_budget_after_any_number_of_steps(steps: int) -> None:
+    _, outcome = searched(0.2, steps)
+    assert float(outcome.size) <= 1
+    assert int(outcome.backwards) <= steps
+
+
+def test_it_finds_more_than_searches_inside_the_budget_for_fewer_rows() -> None:
+    model, data = load("digits-robust"), eb.load_data("digits", split="test")
+    x, y = data.x[:100], data.y[:100]
+    larger = vertices(20, L1())(model, x, y, 1.0)
+    plain = apgd(20, threat=L1(), objective=margin)(model, x, y, 1.0)
+    assert int(larger.reached.sum()) >= int(plain.reached.sum()) + 4
+    assert int(larger.backwards.sum()) <= int(plain.backwards.sum())
+
+
+def test_batches_change_nothing() -> None:
+    model, data = load("digits-robust"), eb.load_data("digits", split="test")
+    attack = Restarts(vertices(12, L1()), 2, abreast=True)
+    whole = attack(model, data.x[:9], data.y[:9], 1.0)
+    parts = [attack(Victim(model), data.x[row : row + 1], data.y[row : row + 1], 1.0) for row in range(9)]
+    assert torch.equal(whole.reached, torch.cat([part.reached for part in parts]))
+    assert torch.equal(whole.queries, torch.cat([part.queries for part in parts]))
