@@ -233,8 +233,8 @@ def _default(threat: Projects, classes: int) -> Iterator[Stage]:
     from far away inward, which break what nothing from near by does. More starts pay only for samples that came near: of the 6 that
     restarts broke under Linf on six networks (3 seeds, n 100 each) the farthest had come down to 0.172 of the clean margin, and of
     the 10 that the last walks broke under Linf and L2 all but one to 0.03. Walks of 40 steps leave 1 or 2 of 74 under Linf that ones of
-    60 break (TRADES on MNIST, 4 seeds); under L2 more short ones break as many. Where walks break many of those (networks whose
-    gradients mislead), twenty steps toward every class break some more.
+    60 break (TRADES on MNIST, 4 seeds); under L2 more short ones break as many. Where walks under Linf break many of those
+    (networks whose gradients mislead), twenty steps toward every class break some more.
     """
     if isinstance(threat, L1):
         yield from _sparse(threat, classes)
@@ -243,13 +243,12 @@ def _default(threat: Projects, classes: int) -> Iterator[Stage]:
         yield _aimed(threat, 20, 3, 3, classes)
         again = restarted(apgd(20, threat=threat, objective=margin), 4, abreast=True)
         yield Stage(again, 80, near=0.3, nearer=(NEAR, 2))
-        walks = _walks(threat, 60, 6, far=3, rounds=2)
+        yield replace(_walks(threat, 60, 6, far=3, rounds=2), near=NEAR, nearer=(VERY_NEAR, 1))
+        yield replace(_aimed(threat, 20, 3, 9, classes), near=NEAR, pays=0.1)
     else:
         yield _aimed(threat, 20, 3, 2, classes)
         yield replace(_walks(threat, 30, 3, far=3, rounds=2), nearer=(0.4, 2))
-        walks = _walks(threat, 40, 9, far=3, rounds=2)
-    yield replace(walks, near=NEAR, nearer=(VERY_NEAR, 1))
-    yield replace(_aimed(threat, 20, 3, 9, classes), near=NEAR, pays=0.1)
+        yield replace(_walks(threat, 40, 9, far=3, rounds=2), near=NEAR, nearer=(VERY_NEAR, 1))
 
 
 def _sparse(threat: L1, classes: int) -> Iterator[Stage]:
