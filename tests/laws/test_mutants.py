@@ -238,8 +238,8 @@ def wrong_rows_too(patch: Patch) -> None:
 
 
 def noise_by_position(patch: Patch) -> None:
-    original = Key._generators
-    patch.setattr(Key, "_generators", lambda self, ids: original(self, torch.arange(len(ids))))
+    original = Key._digests
+    patch.setattr(Key, "_digests", lambda self, ids: original(self, torch.arange(len(ids))))
 
 
 def best_restart_of_the_batch(patch: Patch) -> None:
