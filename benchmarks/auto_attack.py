@@ -5,7 +5,8 @@ nothing else; peers.md says how it is installed), with EPSBALL_DATA. One thread;
 test images. AutoAttack is the official code, version `standard`, which drops what it has broken as the audit does; its answers
 are judged by a fresh look, as ours are. Every run is kept in cache/autoattack: AutoAttack's once, ours until the package's
 search code changes. `--tables` runs nothing. `--only WORD ...` takes the cases whose name holds a word. `--turns SEED ...` keeps
-nothing and writes nothing: it prints, case by case, AutoAttack and the search with each of these seeds in turn, twice.
+nothing and writes nothing: it prints, case by case, AutoAttack and the search with each of these seeds in turn, twice;
+`--rival SEED` gives AutoAttack another seed than that of the images.
 """
 
 from __future__ import annotations
@@ -215,7 +216,11 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--efforts", nargs="*", default=list(EFFORTS), choices=EFFORTS)
     parser.add_argument("--tables", action="store_true", help="run nothing, write the tables")
     parser.add_argument("--turns", nargs="+", type=int, metavar="SEED", help="both sides in turn, the search with these seeds; prints only")
-    return parser.parse_args()
+    parser.add_argument("--rival", type=int, metavar="SEED", help="AutoAttack's seed with --turns; that of the images if left out")
+    arguments = parser.parse_args()
+    if arguments.rival is not None and not arguments.turns:
+        parser.error("--rival: AutoAttack's kept runs have the seed of the images: give --turns too")
+    return arguments
 
 
 def row(at: Case, seed: int, effort: str) -> str | None:
@@ -291,9 +296,10 @@ def run_all(arguments: argparse.Namespace) -> None:
 
 def in_turn(arguments: argparse.Namespace) -> None:
     """Both sides under the same load: AutoAttack, then the search with each seed, all twice."""
+    rival = arguments.seed if arguments.rival is None else arguments.rival
     for at in cases(arguments.n, arguments.seed, arguments.only):
         for _ in range(2):
-            theirs = official(at, arguments.seed)
+            theirs = official(at, rival)
             print(f"{at.name} {at.norm}:{at.text}, n {len(at.x)}: AutoAttack stands {theirs.robust}, {theirs.seconds:.2f} s")
             for seed in arguments.turns:
                 mine = searched(at, seed, "default")

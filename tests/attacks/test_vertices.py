@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -11,9 +13,10 @@ from epsball.attacks import apgd
 from epsball.attacks.combine import Restarts
 from epsball.attacks.vertices import Vertices, vertex, vertices
 from epsball.core import Attack, Key, Problem, Tally, Untargeted, Victim
+from epsball.errors import BadInput
 from epsball.models.digits import load
 from epsball.objectives import margin
-from epsball.threats import L1, Room
+from epsball.threats import L1, L2, Room
 
 
 class Seen(nn.Module):
@@ -66,6 +69,12 @@ def test_the_vertex_spends_the_radius_on_the_steepest_features(box: tuple[float,
     for place, value in moves.items():
         expected[0, place] = value
     assert torch.allclose(change, expected, atol=1e-12)
+
+
+@pytest.mark.parametrize(("options", "words"), [({"threat": L2()}, "threat 'l2'"), ({"first": 0.9}, "first: 0.9")])
+def test_what_does_not_fit_is_one_line(options: dict[str, Any], words: str) -> None:
+    with pytest.raises(BadInput, match=words):
+        vertices(5, **options)
 
 
 def test_no_slope_is_no_move() -> None:
