@@ -14,6 +14,8 @@ from typing import Any
 
 from peers import ADAPTERS, P, Run
 
+LONG = 1_000, 4_000
+"""Larger budgets."""
 FEW_ROUNDS = ((2, 100, 0.1), (1, 200, 0.03))
 
 
@@ -43,18 +45,20 @@ def contenders() -> list[Contender]:
     return [*_ours(), *_ours_brief(), *_adv_lib(), *_foolbox(), *_torchattacks(), *_art(), *_official()]
 
 
-def long_contenders() -> list[Contender]:
-    """For 1,000 queries: `eb.smallest`, and the two peers of each norm that were best with 400."""
-    chosen = [Contender("epsball", "smallest", "smallest 480", norm, {"threat": norm, "steps": 480}) for norm in P]
+def long_contenders() -> Iterator[tuple[Contender, int]]:
+    """With a budget each: `eb.smallest`, and for the smaller budget the two peers of each norm that were best with 400 queries."""
+    least, most = LONG
+    for norm in P:
+        yield mine("smallest", "smallest 480", norm, steps=480), least
+        yield mine("smallest", "smallest 1,950", norm, steps=1950), most
     for norm, name in (("linf", "Linfinity"), ("l2", "L2"), ("l1", "L1"), ("l0f", "L0")):
         brendel = {"from_data": True, "steps": 490}
-        chosen.append(Contender("foolbox", f"{name}BrendelBethgeAttack", "BB 490, from an image", norm, brendel))
+        yield Contender("foolbox", f"{name}BrendelBethgeAttack", "BB 490, from an image", norm, brendel), least
     bisected = {"norm": P["linf"], "max_eps": 0.5, "binary_search_steps": 9, "n_iter": 50, "use_large_reps": False}
-    chosen.append(Contender("adv-lib", "auto_pgd.minimal_apgd", "APGD 50, 9 bisections", "linf", bisected))
-    chosen.append(Contender("adv-lib", "ddn", "DDN 500, no levels", "l2", {"steps": 500, "levels": None}))
-    chosen.append(Contender("adv-lib", "pdpgd", "PDPGD 500", "l1", {"norm": P["l1"], "num_steps": 500}))
-    chosen.append(Contender("adv-lib", "sigma_zero", "sigma-zero 500", "l0f", {"num_steps": 500}))
-    return chosen
+    yield Contender("adv-lib", "auto_pgd.minimal_apgd", "APGD 50, 9 bisections", "linf", bisected), least
+    yield Contender("adv-lib", "ddn", "DDN 500, no levels", "l2", {"steps": 500, "levels": None}), least
+    yield Contender("adv-lib", "pdpgd", "PDPGD 500", "l1", {"norm": P["l1"], "num_steps": 500}), least
+    yield Contender("adv-lib", "sigma_zero", "sigma-zero 500", "l0f", {"num_steps": 500}), least
 
 
 def mine(attack: str, label: str, norm: str, same: str = "", /, **options: Any) -> Contender:
@@ -68,8 +72,11 @@ def _ours_brief() -> Iterator[Contender]:
     for norm in ("l2", "l1"):
         yield mine("pdpgd", "PDPGD 185", norm, "PDPGD", steps=185)
     yield mine("ddn", "DDN 170", "l2", "DDN", steps=170)
-    yield mine("cw_l2", "C&W 4 x 35", "l2", "C&W few rounds", steps=35, rounds=4)
+    for steps in (35, 20):
+        yield mine("cw_l2", f"C&W 4 x {steps}", "l2", "C&W", steps=steps, rounds=4)
+    yield mine("cw_l0", "C&W 20 x 30", "l0f", "C&W", steps=20, rounds=30)
     yield mine("ead", "EAD 7 x 10", "l1", "EAD", steps=10, rounds=7)
+    yield mine("ead", "EAD 6 x 9", "l1", "EAD", steps=9, rounds=6)
     yield mine("sigma_zero", "sigma-zero 180", "l0f", "sigma-zero", steps=180)
 
 
@@ -80,7 +87,7 @@ def _ours() -> Iterator[Contender]:
         yield mine("fmn", "FMN 199", norm, "FMN", steps=199)
     yield mine("ddn", "DDN 199", "l2", "DDN", steps=199)
     yield mine("cw_l2", "C&W 9 x 22", "l2", "C&W", steps=22)
-    yield mine("cw_l2", "C&W 4 x 50", "l2", "C&W few rounds", steps=50, rounds=4)
+    yield mine("cw_l2", "C&W 4 x 50", "l2", "C&W", steps=50, rounds=4)
     yield mine("cw_linf", "C&W 20 x 10", "linf", "C&W", steps=20, rounds=10)
     yield mine("cw_linf", "C&W 20 x 40 (default)", "linf")
     yield mine("cw_l0", "C&W 20 x 40 (default)", "l0f", "C&W")
@@ -110,7 +117,7 @@ def _adv_lib() -> Iterator[Contender]:
     yield theirs("carlini_wagner_l2", "C&W 9 x 22", "l2", "C&W", max_iterations=22)
     for rounds, steps, rate in FEW_ROUNDS:
         few = {"binary_search_steps": rounds, "max_iterations": steps, "learning_rate": rate, "initial_const": 1.0, "abort_early": False}
-        yield theirs("carlini_wagner_l2", f"C&W {rounds} x {steps}, rate {rate}, c 1", "l2", "C&W few rounds", **few)
+        yield theirs("carlini_wagner_l2", f"C&W {rounds} x {steps}, rate {rate}, c 1", "l2", "C&W", **few)
     yield theirs("carlini_wagner_linf", "C&W x 10", "linf", "C&W", max_iterations=10)
     yield theirs("carlini_wagner_linf", "C&W x 10, rate 0.1", "linf", "C&W", max_iterations=10, learning_rate=0.1)
     for norm in ("l2", "l1"):
@@ -146,7 +153,7 @@ def _foolbox() -> Iterator[Contender]:
     yield theirs("L2CarliniWagnerAttack", "C&W 9 x 22", "l2", "C&W", steps=22)
     for rounds, steps, rate in FEW_ROUNDS:
         few = {"binary_search_steps": rounds, "steps": steps, "stepsize": rate, "initial_const": 1.0, "abort_early": False}
-        yield theirs("L2CarliniWagnerAttack", f"C&W {rounds} x {steps}, rate {rate}, c 1", "l2", "C&W few rounds", **few)
+        yield theirs("L2CarliniWagnerAttack", f"C&W {rounds} x {steps}, rate {rate}, c 1", "l2", "C&W", **few)
     for rule in ("EN", "L1"):
         yield theirs("EADAttack", f"EAD 9 x 14, {rule}", "l1", "EAD", steps=14, decision_rule=rule)  # 2 forwards, 1 backward
     few = {"binary_search_steps": 2, "steps": 66, "initial_const": 10.0, "decision_rule": "L1", "abort_early": False}
@@ -160,7 +167,7 @@ def _torchattacks() -> Iterator[Contender]:
         return Contender("torchattacks", attack, label, norm, options, same)
 
     yield theirs("CW", "C&W 200, c 1 (default)", "l2", "C&W", steps=200)
-    yield theirs("CW", "C&W 200, c 1, rate 0.1", "l2", "C&W few rounds", steps=200, lr=0.1)
+    yield theirs("CW", "C&W 200, c 1, rate 0.1", "l2", "C&W", steps=200, lr=0.1)
     yield theirs("DeepFool", "DeepFool (default)", "l2", "DeepFool")
     yield theirs("EADL1", "EAD 9 x 14", "l1", "EAD", max_iterations=14)  # 2 forwards, 1 backward
     few = {"binary_search_steps": 2, "max_iterations": 66, "initial_const": 0.1}
@@ -176,9 +183,7 @@ def _art() -> Iterator[Contender]:
         return Contender("ART", attack, label, norm, options, same)
 
     yield theirs("CarliniL2Method", "C&W 10 x 10 (default)", "l2", "C&W")
-    yield theirs(
-        "CarliniL2Method", "C&W 4 x 10, rate 0.1, c 1", "l2", "C&W few rounds", binary_search_steps=4, learning_rate=0.1, initial_const=1.0
-    )
+    yield theirs("CarliniL2Method", "C&W 4 x 10, rate 0.1, c 1", "l2", "C&W", binary_search_steps=4, learning_rate=0.1, initial_const=1.0)
     yield theirs("CarliniLInfMethod", "C&W (default)", "linf", "C&W")
     yield theirs("CarliniL0Method", "C&W (default)", "l0f", "C&W")
     yield theirs("DeepFool", "DeepFool (default)", "l2", "DeepFool")

@@ -6,7 +6,7 @@ smallest change among all inputs that the attack asked about within its budget a
 library is punished for what it returns; the returned answer is judged too and shown beside it. Scores and tables: scores.py.
 
 Every run is kept in benchmarks/cache/optimality under a hash of its settings, and the tables are made from there: `--only TEXT`,
-`--models`, `--norms` run a part, `--again` runs it anew, `--tables` runs nothing; `--long` runs a few attacks with 1,000 queries.
+`--models`, `--norms` run a part, `--again` runs it anew, `--tables` runs nothing; `--long` runs a few attacks with more queries.
 Needs EPSBALL_DATA and the peers' environment (peers.md); a library that is not there is left out and named.
 """
 
@@ -21,6 +21,7 @@ import platform
 import random
 import time
 import warnings
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,7 +32,7 @@ from torch import Tensor, nn
 import epsball as eb
 import nets
 import scores
-from contenders import Contender, contenders, long_contenders
+from contenders import LONG, Contender, contenders, long_contenders
 from epsball.attacks import entries
 from peers import Counting, P, available, distances, reached
 
@@ -39,7 +40,7 @@ HERE = Path(__file__).parent
 PACKAGE = Path(eb.__file__).parent
 CACHE = nets.CACHE / "optimality"
 MODELS = ("mnist-standard", "mnist-robust", "cifar-standard", "cifar-robust")
-BUDGET, LONG = 400, 1000
+BUDGET = 400
 
 
 class Spent(Exception):
@@ -208,6 +209,11 @@ def warm_up(contender: Contender, at: Case) -> None:
         return
 
 
+def told(budgets: Iterable[int]) -> str:
+    """For sentences."""
+    return " and ".join(f"{budget:,}" for budget in budgets)
+
+
 def parsed() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--n", type=int, default=100)
@@ -217,15 +223,15 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--only", default="", help="only attacks whose library and label contain this")
     parser.add_argument("--again", action="store_true", help="run even what is kept")
     parser.add_argument("--tables", action="store_true", help="run nothing, write the tables")
-    parser.add_argument("--long", action="store_true", help=f"run the few attacks that get {LONG} queries, on half as many CIFAR-10 images")
+    parser.add_argument("--long", action="store_true", help=f"run those with {told(LONG)} queries, on half as many CIFAR-10 images")
     return parser.parse_args()
 
 
-def wanted(arguments: argparse.Namespace, found: dict[str, str]) -> list[Contender]:
-    """The chosen attacks of the libraries that are here."""
-    every = long_contenders() if arguments.long else contenders()
-    chosen = [c for c in every if c.norm in arguments.norms and arguments.only.lower() in c.name.lower()]
-    return [c for c in chosen if c.library in found]
+def wanted(arguments: argparse.Namespace, found: dict[str, str]) -> list[tuple[Contender, int]]:
+    """The chosen attacks of the libraries that are here, each with its budget."""
+    every = long_contenders() if arguments.long else [(c, BUDGET) for c in contenders()]
+    chosen = [(c, budget) for c, budget in every if c.norm in arguments.norms and arguments.only.lower() in c.name.lower()]
+    return [(c, budget) for c, budget in chosen if c.library in found]
 
 
 def long_n(model: str, n: int) -> int:
@@ -236,15 +242,14 @@ def long_n(model: str, n: int) -> int:
 def run_all(arguments: argparse.Namespace, found: dict[str, str]) -> None:
     """Runs what is asked for and not kept yet."""
     CACHE.mkdir(parents=True, exist_ok=True)
-    budget = LONG if arguments.long else BUDGET
     for name in arguments.models:
         n = long_n(name, arguments.n) if arguments.long else arguments.n
-        todo = [(c, place(name, c, found[c.library], n, arguments.seed, budget)) for c in wanted(arguments, found)]
-        todo = [(c, path) for c, path in todo if arguments.again or not path.exists()]
+        todo = [(c, budget, place(name, c, found[c.library], n, arguments.seed, budget)) for c, budget in wanted(arguments, found)]
+        todo = [(c, budget, path) for c, budget, path in todo if arguments.again or not path.exists()]
         if not todo:
             continue
         at = case(name, n, arguments.seed)
-        for contender, path in todo:
+        for contender, budget, path in todo:
             record = attacked(contender, at, budget)
             record.save(path)
             median = np.median(record.best)
@@ -252,11 +257,11 @@ def run_all(arguments: argparse.Namespace, found: dict[str, str]) -> None:
 
 
 def longer(arguments: argparse.Namespace, found: dict[str, str], records: scores.Records) -> list[str]:
-    """The section about the kept runs of `LONG` queries; nothing where there are none. A subset of images is a prefix of the larger."""
+    """The section about the kept runs of more queries; nothing where there are none. A subset of images is a prefix of the larger."""
     kept = {}
     for name in MODELS:
         n = long_n(name, arguments.n)
-        places = {c: place(name, c, found[c.library], n, arguments.seed, LONG) for c in long_contenders() if c.library in found}
+        places = {c: place(name, c, found[c.library], n, arguments.seed, budget) for c, budget in long_contenders() if c.library in found}
         kept |= {(name, c): scores.Record.load(path) for c, path in places.items() if path.exists()}
     if not kept:
         return []
@@ -264,10 +269,10 @@ def longer(arguments: argparse.Namespace, found: dict[str, str], records: scores
     best = {(m, norm): scores.union([r for (name, c), r in records.items() if (name, c.norm) == (m, norm)]) for m, norm in pairs}
     return [
         "",
-        f"## With {LONG:,} queries",
+        f"## With {told(LONG)} queries",
         "",
-        f"`--long`: {LONG // 2} forwards and as many backwards an image, on half as many CIFAR-10 images. Against the smallest changes",
-        "known from any run of either budget, so that the figures are not those of the tables below, where less was known.",
+        "`--long`: half of them forwards, half backwards, on half as many CIFAR-10 images. Against the smallest changes known from any",
+        "run of any budget, so that the figures are not those of the tables below, where less was known.",
         "",
         *scores.long_table(kept, MODELS, best),
     ]

@@ -236,7 +236,7 @@ def leader_table(records: Records, models: Sequence[str]) -> list[str]:
 
 
 def long_table(records: Records, models: Sequence[str], best: Mapping[tuple[str, str], Floats]) -> list[str]:
-    """Runs of the larger budget against the smallest changes known from any run of either budget (`best`, by model and norm)."""
+    """Runs of larger budgets against the smallest changes known from any run (`best`, by model and norm)."""
     lines = ["| network | norm | images | attack | optimality, % | reached, % | median | forwards | backwards |", "|---" * 9 + "|"]
     for model in models:
         for norm in NORMS:

@@ -79,6 +79,15 @@ def test_projections_are_exact(norm: str, onto: Any, p: float) -> None:
         assert float(torch.linalg.vector_norm(d[row], p)) == pytest.approx(best, abs=1e-6)
 
 
+@pytest.mark.parametrize("onto", [onto_plane_l1, onto_plane_l2, onto_plane_linf])
+def test_points_may_share_a_slope(onto: Any) -> None:
+    random = rng(2)
+    z, w, rise = (tensor(t, torch.float64) for t in (random.random((2, 24, 9)), random.normal(size=(24, 9)), random.normal(size=(2, 24))))
+    low, high = torch.zeros_like(w), torch.ones_like(w)
+    apart = torch.stack([onto(at, w, much, low, high) for at, much in zip(z, rise, strict=True)])
+    assert torch.equal(onto(z, w, rise, low, high), apart)
+
+
 @pytest.mark.parametrize("threat", ["linf", "l2", "l1"])
 @pytest.mark.parametrize("classes", [2, 3, 10])
 @pytest.mark.parametrize("name", ["fab", "fab_t"])

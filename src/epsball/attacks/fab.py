@@ -172,11 +172,10 @@ class Boundary:
         working = torch.float64 if isinstance(problem.threat, L1) else torch.promote_types(z.dtype, torch.float32)
         x, at, w, low, high = (t.to(working).flatten(1) for t in (problem.x, z, plane.slope, *limits(problem)))
         value = plane.value.to(working)
-        box = (torch.cat([low, low]), torch.cat([high, high]))
-        both = onto(torch.cat([at, x]), torch.cat([w, w]), torch.cat([-value, -(value + (w * (x - at)).sum(1))]), *box)
-        away = lengths(both, p).clamp(min=1e-12)
-        from_z, from_x = both.chunk(2)
-        bias = (away.chunk(2)[0] / (away.chunk(2)[0] + away.chunk(2)[1])).clamp(max=self.alpha)[:, None]
+        rise = torch.stack([-value, -(value + (w * (x - at)).sum(1))])
+        from_z, from_x = both = onto(torch.stack([at, x]), w, rise, low, high)
+        away, away_x = lengths(both.flatten(0, 1), p).clamp(min=1e-12).chunk(2)
+        bias = (away / (away + away_x)).clamp(max=self.alpha)[:, None]
         if isinstance(problem.goal, Targeted):  # first meet every boundary of the target, without bias
             bias = bias.masked_fill(torch.isinf(s.size)[:, None], 0.0)
         moved = (1 - bias) * (at + self.eta * from_z) + bias * (x + self.eta * from_x)
@@ -206,21 +205,21 @@ def _geometry(threat: Projects) -> tuple[float, float, Onto, float]:
 
 
 def onto_plane(z: Tensor, w: Tensor, rise: Tensor, low: Tensor, high: Tensor, growth: Callable[[Tensor], Tensor]) -> Tensor:
-    """The smallest change d (B, F) with <w, d> = rise (B,) and low <= z + d <= high; as far as the box allows if it cannot be.
+    """The smallest change d (..., B, F) with <w, d> = rise (..., B) and low <= z + d <= high; as far as the box allows if it cannot be.
 
     In the useful direction feature i changes by min(t * growth_i, space_i), so <w, d> is concave and piecewise linear in t:
     Newton's iteration from below meets the plane after finitely many steps, usually a few. `growth` of |w| is |w| itself for
-    L2, 1 for Linf.
+    L2, 1 for Linf. Several points z (..., B, F) may share the slopes w (B, F) of their planes.
     """
     weight, toward, space = _useful(z, w, rise, low, high)
-    rate, goal, largest = growth(weight), rise.abs()[:, None], torch.finfo(w.dtype).max
+    rate, goal, largest = growth(weight), rise.abs()[..., None], torch.finfo(w.dtype).max
     gain = weight * rate
-    t = (goal / gain.sum(1, keepdim=True)).nan_to_num(nan=0.0, posinf=largest)
-    for _ in range(w.shape[1]):
+    t = (goal / gain.sum(-1, keepdim=True)).nan_to_num(nan=0.0, posinf=largest)
+    for _ in range(w.shape[-1]):
         full = t * rate
         change = torch.minimum(full, space)
-        missing = goal - (weight * change).sum(1, keepdim=True)
-        left = (gain * (change == full)).sum(1, keepdim=True)
+        missing = goal - (weight * change).sum(-1, keepdim=True)
+        left = (gain * (change == full)).sum(-1, keepdim=True)
         short = (missing > 4 * torch.finfo(t.dtype).eps * goal) & (left > 0)
         if not bool(short.any()):
             break
@@ -234,18 +233,21 @@ def onto_plane_l1(z: Tensor, w: Tensor, rise: Tensor, low: Tensor, high: Tensor)
     Where the box does not let it, those of |w| below the rounding of float32 stay: they lead far away, and no closer to the plane.
     """
     weight, toward, space = _useful(z, w, rise, low, high)
-    order = weight.argsort(dim=1, descending=True, stable=True)
-    gain, sorted_weight, sorted_space = (weight * space).gather(1, order), weight.gather(1, order), space.gather(1, order)
-    total = gain.cumsum(1)
-    missing = (rise.abs()[:, None] - torch.nn.functional.pad(total, (1, 0))[:, :-1]).clamp(min=0.0)
+    sorted_weight, order = weight.sort(dim=-1, descending=True, stable=True)
+    order = order.expand(z.shape)
+    sorted_space, goal = space.gather(-1, order), rise.abs()[..., None]
+    total = (sorted_weight * sorted_space).cumsum(-1)
+    missing = (goal - torch.nn.functional.pad(total, (1, 0))[..., :-1]).clamp(min=0.0)
     sorted_change = torch.minimum(sorted_space, missing / sorted_weight.clamp(min=1e-300))
-    spared = (total[:, -1:] < rise.abs()[:, None]) & (sorted_weight <= torch.finfo(torch.float32).eps * sorted_weight[:, :1])
-    return toward * torch.zeros_like(space).scatter(1, order, sorted_change.masked_fill(spared, 0.0))
+    if bool((beyond := total[..., -1:] < goal).any()):
+        spared = beyond & (sorted_weight <= torch.finfo(torch.float32).eps * sorted_weight[..., :1])
+        sorted_change = sorted_change.masked_fill(spared, 0.0)
+    return toward * torch.zeros_like(space).scatter(-1, order, sorted_change)
 
 
 def _useful(z: Tensor, w: Tensor, rise: Tensor, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """|w|, the sign of each feature's useful change, and how far it can go (0 where w is 0)."""
-    toward = w.sign() * rise.sign()[:, None]
+    toward = w.sign() * rise.sign()[..., None]
     space = torch.where(toward > 0, high - z, z - low).clamp(min=0.0)
     return w.abs(), toward, torch.where(toward != 0, space, 0.0)
 
