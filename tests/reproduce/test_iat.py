@@ -16,6 +16,7 @@ from epsball.reproduce import Setting, iat
 from epsball.threats import Linf
 
 RADIUS = 8 / 255
+LOSSES = iat.losses(7, 0.25)
 
 
 def planted(clean, behind):
@@ -73,7 +74,7 @@ def test_the_verdict_counts_seeds_and_signs():
     """The clean error falls by 20 points with both seeds; with the second one robustness pays for it."""
     plain, sure, paid = planted(30, 50), planted(10, 50), planted(10, 70)
     seeds = {
-        seed: {(name, epoch): own if name in (iat.IAT, iat.MIXUP) else plain for name in iat.LOSSES for epoch in (iat.KEPT, iat.LAST)}
+        seed: {(name, epoch): own if name in (iat.IAT, iat.MIXUP) else plain for name in LOSSES for epoch in (iat.KEPT, iat.LAST)}
         for seed, own in ((0, sure), (2, paid))
     }
     told = iat._verdict(iat.FEW, seeds)
@@ -89,12 +90,12 @@ def test_only_the_interpolation_is_between_half_clean_and_iat(test):
     trained = [line(), line()]
     for net, name in zip(trained, (iat.HALF, iat.IAT), strict=True):
         course = Course(epochs=1, batch=1, average=0.0, warmup=0.0)
-        fit(net, iat.LOSSES[name], (test.x[:8], test.y[:8]), (test.x[8:], test.y[8:]), Against(Linf(), RADIUS), course, 0)
+        fit(net, LOSSES[name], (test.x[:8], test.y[:8]), (test.x[8:], test.y[8:]), Against(Linf(), RADIUS), course, 0)
     torch.testing.assert_close(trained[0][1].weight, trained[1][1].weight)
     assert not torch.equal(trained[0][1].weight, line()[1].weight)
 
 
-@pytest.mark.parametrize("build", [iat.MANY.build, iat.FEW.build], ids=["small", "wide"])
+@pytest.mark.parametrize("build", [part.build for part in iat.PARTS.values()], ids=["small", "wide", "residual"])
 def test_kept_and_last_are_the_epochs_they_say(test, tmp_path, build):
     images = torch.rand(60, 3, 16, 16, generator=torch.Generator().manual_seed(1))
     train, held = (Dataset(images[part], test.y[part], "planted", (), test.y[part], 60, ()) for part in (slice(40), slice(40, 60)))
@@ -109,15 +110,31 @@ def test_kept_and_last_are_the_epochs_they_say(test, tmp_path, build):
 
 def test_the_picture_has_the_robust_trainings_only():
     record = Record(1, 1, 0.0, 1.0, {}, 0.5, 0.25, 0.1, 0.2)
-    svg = iat._picture(iat.MANY, {name: iat.Trained({}, {}, (record, record)) for name in iat.LOSSES}).svg
+    svg = iat._picture(iat.MANY, {name: iat.Trained({}, {}, (record, record)) for name in LOSSES}).svg
     assert f">{iat.HALF}<" in svg
     assert f">{iat.STANDARD}<" not in svg
 
 
-def test_the_wide_network_is_the_seed_s():
+@pytest.mark.parametrize("build", [iat.wide, iat.residual])
+def test_a_network_is_the_seed_s(build):
     """Every loss begins at the same weights, whatever was drawn before."""
     with torch.random.fork_rng():
-        one = iat.wide((3, 16, 16), 1)(torch.ones(1, 3, 16, 16))
+        one = build((3, 16, 16), 1)(torch.ones(2, 3, 16, 16))
         torch.rand(3)
-        assert torch.equal(one, iat.wide((3, 16, 16), 1)(torch.ones(1, 3, 16, 16)))
-    assert not torch.equal(one, iat.wide((3, 16, 16), 2)(torch.ones(1, 3, 16, 16)))
+        assert torch.equal(one, build((3, 16, 16), 1)(torch.ones(2, 3, 16, 16)))
+    assert not torch.equal(one, build((3, 16, 16), 2)(torch.ones(2, 3, 16, 16)))
+
+
+def test_a_block_without_weights_is_its_shortcut():
+    block = iat.Block(2, 2, 1)
+    torch.nn.init.zeros_(block.second[-1].weight)
+    x = torch.rand(3, 2, 4, 4)
+    assert torch.equal(block(x), x)
+    assert iat.Block(2, 5, 2)(x).shape == (3, 5, 2, 2)
+
+
+def test_every_part_has_its_own_searches():
+    steps = {part.steps for part in iat.PARTS.values()}
+    assert steps == {3, 7}
+    for count in steps:
+        assert iat.losses(count, 0.5)[iat.IAT].search.steps == count
