@@ -72,9 +72,9 @@ def _ours_brief() -> Iterator[Contender]:
     for norm in ("l2", "l1"):
         yield mine("pdpgd", "PDPGD 185", norm, "PDPGD", steps=185)
     yield mine("ddn", "DDN 170", "l2", "DDN", steps=170)
-    for steps in (35, 20):
+    for steps in (35, 25):
         yield mine("cw_l2", f"C&W 4 x {steps}", "l2", "C&W", steps=steps, rounds=4)
-    yield mine("cw_l0", "C&W 20 x 30", "l0f", "C&W", steps=20, rounds=30)
+    yield mine("cw_l0", "C&W 20 x 20", "l0f", "C&W", steps=20, rounds=20)
     yield mine("ead", "EAD 7 x 10", "l1", "EAD", steps=10, rounds=7)
     yield mine("ead", "EAD 6 x 9", "l1", "EAD", steps=9, rounds=6)
     yield mine("sigma_zero", "sigma-zero 180", "l0f", "sigma-zero", steps=180)

@@ -189,7 +189,7 @@ def tally(made: Sequence[Pair]) -> list[str]:
     left = [key for key, group in rows.items() if all(p.behind for p in group)]
     lines = [
         f"Rows of peers: {len(rows)}. In {len(rows) - sum(farther.values())} a setting of ours is at most 1 % farther and reaches as "
-        f"many; in {len(rows) - len(left)} one is that and faster as well. The others:"
+        f"many; in {len(rows) - len(left)} one is that and faster as well.{' The others:' if left else ''}"
     ]
     for key in left:
         p = min(rows[key], key=lambda p: (p.farther, p.seconds))
@@ -250,6 +250,27 @@ def long_table(records: Records, models: Sequence[str], best: Mapping[tuple[str,
                 numbers = f"{_number(_middle(r.best))} | {r.forwards:.0f} | {r.backwards:.0f}"
                 lines.append(f"| {model} | {norm} | {len(r.best)} | {name} | {shares} | {numbers} |")
     return lines
+
+
+def budget_table(kept: Records, short: Records, models: Sequence[str], best: Mapping[tuple[str, str], Floats]) -> list[str]:
+    """Optimality of `eb.smallest` by its steps, those of `short` on the images that `kept` has; and how often it is 99 % or more."""
+    rows: dict[tuple[str, str], dict[str, float]] = {}
+    for model in models:
+        for norm in NORMS:
+            here = _of(kept, model, norm)
+            if not here:
+                continue
+            known = union([*here.values()], best.get((model, norm)))
+            every = _of(short, model, norm) | here
+            rows[model, norm] = {c.label: 100 * optimality(r.best[: len(known)], known) for c, r in every.items() if c.attack == "smallest"}
+    labels = [label for label in next(iter(rows.values())) if all(label in row for row in rows.values())] if rows else []
+    met = " | ".join(str(sum(row[label] >= 99 for row in rows.values())) for label in labels)
+    return [
+        f"| network | norm | {' | '.join(labels)} |",
+        "|---" * (2 + len(labels)) + "|",
+        *(f"| {model} | {norm} | {' | '.join(f'{row[label]:.2f}' for label in labels)} |" for (model, norm), row in rows.items()),
+        f"| *99 % or more, of {len(rows)}* | | {met} |",
+    ]
 
 
 def write(folder: Path, head: list[str], records: Records, models: Sequence[str], longer: Sequence[str] = ()) -> None:

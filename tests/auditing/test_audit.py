@@ -422,15 +422,14 @@ def test_who_came_near_is_searched_from_more_starts(norm: str) -> None:
 
 def test_under_l1_walks_go_on_where_they_pay_and_larger_balls_where_samples_came_near() -> None:
     stages = plan(named("l1"), "default", classes=10, single_label=True, gradients=True)
-    short, walk, walks, another, aimed, again, closer, long, *last = stages[-10:]
+    short, walk, walks, another, aimed, long, *last = stages[-8:]
     assert isinstance(walks.attack, Restarts)
     assert isinstance(another.attack, Restarts)
     assert repr(walk.attack) == repr(walks.attack.attack) == repr(another.attack.attack)
     assert (walks.attack.first, another.attack.first) == (1, 3)
     assert 0 < walks.pays < another.pays
-    assert short.attack.name == again.attack.name == "vertices"
-    assert (aimed.attack.name, closer.attack.name, long.attack.name) == ("from_larger_t", "vertices_t", "from_larger")
-    assert 1 == aimed.near > again.near > closer.near > long.near
+    assert (short.attack.name, aimed.attack.name, long.attack.name) == ("vertices", "from_larger_t", "vertices")
+    assert 1 == aimed.near > long.near
     assert isinstance(long.attack, Restarts)
     assert long.nearer is not None
     assert long.nearer[0] < long.near
@@ -454,7 +453,7 @@ def test_a_stage_that_fills_runs_as_often_as_fits(spent: int, runs: int | None) 
 
 
 def test_under_l1_larger_balls_are_aimed_only_where_there_are_classes_to_aim_at() -> None:
-    aimed, free = (plan(named("l1"), "default", classes=10, single_label=single, gradients=True)[-6] for single in (True, False))
+    aimed, free = (plan(named("l1"), "default", classes=10, single_label=single, gradients=True)[-4] for single in (True, False))
     assert isinstance(aimed.attack, EveryTarget)
     assert isinstance(free.attack, Restarts)
     assert repr(aimed.attack.attack) == repr(free.attack.attack)

@@ -42,7 +42,7 @@ NEAR, VERY_NEAR = 0.15, 0.04
 """Shares of the clean margin that searches must have come down to for one more walk, and for many, to be worth their rows."""
 _BALLS, _SHORT = (8.0, 4.0, 2.0, 1.0), (6.0, 2.0, 1.3, 1.0)
 """In budgets: where long and short searches under L1 come from. Who finds nothing in the ball of 1.3 is given up before the last."""
-_FILL = 190
+_FILL = 200
 """Rows with a gradient for each sample that stands, up to which searches under L1 go on; AutoAttack takes some 2,000 of them."""
 QUERIES = {"fast": 300, "default": 2000, "max": 10000}
 """Most rows per sample and radius that searches without gradients ask."""
@@ -257,7 +257,8 @@ def _sparse(threat: L1, classes: int) -> Iterator[Stage]:
     Such searches are short, for they give up where a larger ball holds nothing, and several from different balls break more than a
     long one. Walks go on where they pay: in networks whose gradients mislead. More starts pay most for samples that came near: of the
     38 that two more `vertices` broke among those within 0.3 of the clean margin (six networks, 5 seeds, n 100 each) 33 had come down
-    to 0.14. What still falls then is anywhere; where few came near, so that rows are left, all that stand get short searches again.
+    to 0.14. There long runs of `vertices` break more than long ones of `from_larger`. What still falls then is anywhere: rows that are
+    left go to short searches of all that stand.
     """
     yield Stage(vertices(20, threat), 20)
     yield _walks(threat, 30, 1, far=3, rounds=1)
@@ -265,10 +266,8 @@ def _sparse(threat: L1, classes: int) -> Iterator[Stage]:
     yield replace(_walks(threat, 30, 1, far=3, rounds=1, first=3), pays=0.12)
     short = from_larger(20, threat=threat, objective=margin, scales=_SHORT)
     yield _every(short, 20, 3, classes)
-    yield Stage(Restarts(vertices(40, threat, first=16.0), 2, first=1, abreast=True), 80, near=0.15)
-    yield replace(_every(vertices(40, threat, first=6.0), 40, 3, classes), near=0.08)
-    long = from_larger(80, threat=threat, objective=margin)
-    yield Stage(Restarts(long, 4, abreast=True), 320, near=0.05, nearer=(0.01, 2))
+    long = Restarts(vertices(60, threat, first=16.0), 4, first=1, abreast=True)
+    yield Stage(long, 240, near=0.15, nearer=(0.05, 2))
     yield Stage(Restarts(short, 5, abreast=True), 75, fill=(_FILL, 15))
     yield Stage(Restarts(vertices(20, threat), 10, first=1, abreast=True), 150, fill=(_FILL, 15))
 
