@@ -259,18 +259,20 @@ COLUMNS = ("case", "effort", "AutoAttack stands", "audit stands", "only one side
 COLUMNS += ("with checks", "CPU seconds", "CPU with checks", "code")
 
 
-def table(rows: list[str], seed: int) -> str:
-    """The page."""
+def table(rows: list[str], seed: int, efforts: list[str]) -> str:
+    """The page; `efforts` are those that have run."""
     head = [
         "# The audit against AutoAttack",
         "",
-        f"`OMP_NUM_THREADS=1 PYTHONPATH=../peers/auto-attack python benchmarks/auto_attack.py --seed {seed}`; one thread,",
-        f"torch {torch.__version__.split('+')[0]}. Official AutoAttack (commit in peers.md), version standard, on the same correctly",
-        "classified test images. Standing: samples that the side did not break, by a fresh look, with 95 % Clopper-Pearson intervals in",
-        "percent. Only one side: samples that AutoAttack alone broke / that the audit alone broke. Rows and seconds: AutoAttack / the",
-        "audit's search with its referee (share). With checks: forward rows of the whole audit, preflight, checks and referee included, as",
-        "a share of AutoAttack's; CPU with checks: its seconds, without the canaries, which a process runs once (about 2 s). The two",
-        "sides' CPU seconds were measured at different times, while other work shared the machine. Code: a digest of the search code.",
+        f"`OMP_NUM_THREADS=1 PYTHONPATH=../peers/auto-attack python benchmarks/auto_attack.py --seed {seed} "
+        f"--efforts {' '.join(efforts)}`;",
+        f"one thread, torch {torch.__version__.split('+')[0]}. Official AutoAttack (commit in peers.md), version standard, on the same",
+        "correctly classified test images. Standing: samples that the side did not break, by a fresh look, with 95 % Clopper-Pearson",
+        "intervals in percent. Only one side: samples that AutoAttack alone broke / that the audit alone broke. Rows and seconds:",
+        "AutoAttack / the audit's search with its referee (share). With checks: forward rows of the whole audit, preflight, checks and",
+        "referee included, as a share of AutoAttack's; CPU with checks: its seconds, without the canaries, which a process runs once",
+        "(about 2 s). The two sides' CPU seconds were measured at different times, while other work shared the machine. Code: a digest",
+        "of the search code.",
         "",
         f"| {' | '.join(COLUMNS)} |",
         "|---" * len(COLUMNS) + "|",
@@ -315,10 +317,12 @@ def main() -> None:
         return
     if not arguments.tables:
         run_all(arguments)
-    lines = (row(at, arguments.seed, effort) for at in cases(arguments.n, arguments.seed, []) for effort in EFFORTS)
-    rows = [line for line in lines if line is not None]
-    page = HERE / "results" / "autoattack.md"
-    page.write_text(table(rows, arguments.seed) + below(page), encoding="utf8")
+    lines = {
+        (at.name, at.norm, effort): row(at, arguments.seed, effort) for at in cases(arguments.n, arguments.seed, []) for effort in EFFORTS
+    }
+    rows = {key: line for key, line in lines.items() if line is not None}
+    page, ran = HERE / "results" / "autoattack.md", [effort for effort in EFFORTS if any(effort == other for _, _, other in rows)]
+    page.write_text(table(list(rows.values()), arguments.seed, ran) + below(page), encoding="utf8")
 
 
 if __name__ == "__main__":

@@ -265,6 +265,7 @@ def longer(arguments: argparse.Namespace, found: dict[str, str], records: scores
         kept |= {(name, c): scores.Record.load(path) for c, path in places.items() if path.exists()}
     if not kept:
         return []
+    missing = sorted({c.name for c, _ in long_contenders()} - {c.name for _, c in kept})
     pairs = {(name, c.norm) for name, c in records}
     best = {(m, norm): scores.union([r for (name, c), r in records.items() if (name, c.norm) == (m, norm)]) for m, norm in pairs}
     return [
@@ -273,6 +274,7 @@ def longer(arguments: argparse.Namespace, found: dict[str, str], records: scores
         "",
         "`--long`: half of them forwards, half backwards, on half as many CIFAR-10 images. Against the smallest changes known from any",
         "run of any budget, so that the figures are not those of the tables below, where less was known.",
+        *([f"Not run: {', '.join(missing)}."] if missing else []),
         "",
         *scores.long_table(kept, MODELS, best),
         "",

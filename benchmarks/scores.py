@@ -14,7 +14,7 @@ Global optimality is the mean over networks.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from html import escape
 from pathlib import Path
@@ -235,34 +235,33 @@ def leader_table(records: Records, models: Sequence[str]) -> list[str]:
     return lines
 
 
+def _known(kept: Records, models: Sequence[str], best: Mapping[tuple[str, str], Floats]) -> Iterator[tuple[str, str, Floats]]:
+    """(model, norm, the smallest changes known from any run) of what was kept."""
+    for model in models:
+        for norm in NORMS:
+            if here := _of(kept, model, norm):
+                yield model, norm, union([*here.values()], best.get((model, norm)))
+
+
 def long_table(records: Records, models: Sequence[str], best: Mapping[tuple[str, str], Floats]) -> list[str]:
     """Runs of larger budgets against the smallest changes known from any run (`best`, by model and norm)."""
     lines = ["| network | norm | images | attack | optimality, % | reached, % | median | forwards | backwards |", "|---" * 9 + "|"]
-    for model in models:
-        for norm in NORMS:
-            here = _of(records, model, norm)
-            if not here:
-                continue
-            known = union([*here.values()], best.get((model, norm)))
-            for c, r in sorted(here.items(), key=lambda item: -optimality(item[1].best, known)):
-                name = f"**{c.name}**" if c.library == "epsball" else c.name
-                shares = f"{100 * optimality(r.best, known):.2f} | {100 * np.isfinite(r.best).mean():.0f}"
-                numbers = f"{_number(_middle(r.best))} | {r.forwards:.0f} | {r.backwards:.0f}"
-                lines.append(f"| {model} | {norm} | {len(r.best)} | {name} | {shares} | {numbers} |")
+    for model, norm, known in _known(records, models, best):
+        closeness = {c: optimality(r.best, known) for c, r in _of(records, model, norm).items()}
+        for c in sorted(closeness, key=lambda c: -closeness[c]):
+            r, name = records[model, c], f"**{c.name}**" if c.library == "epsball" else c.name
+            shares = f"{100 * closeness[c]:.2f} | {100 * np.isfinite(r.best).mean():.0f}"
+            numbers = f"{_number(_middle(r.best))} | {r.forwards:.0f} | {r.backwards:.0f}"
+            lines.append(f"| {model} | {norm} | {len(r.best)} | {name} | {shares} | {numbers} |")
     return lines
 
 
 def budget_table(kept: Records, short: Records, models: Sequence[str], best: Mapping[tuple[str, str], Floats]) -> list[str]:
     """Optimality of `eb.smallest` by its steps, those of `short` on the images that `kept` has; and how often it is 99 % or more."""
     rows: dict[tuple[str, str], dict[str, float]] = {}
-    for model in models:
-        for norm in NORMS:
-            here = _of(kept, model, norm)
-            if not here:
-                continue
-            known = union([*here.values()], best.get((model, norm)))
-            every = _of(short, model, norm) | here
-            rows[model, norm] = {c.label: 100 * optimality(r.best[: len(known)], known) for c, r in every.items() if c.attack == "smallest"}
+    for model, norm, known in _known(kept, models, best):
+        every = _of(short, model, norm) | _of(kept, model, norm)
+        rows[model, norm] = {c.label: 100 * optimality(r.best[: len(known)], known) for c, r in every.items() if c.attack == "smallest"}
     labels = [label for label in next(iter(rows.values())) if all(label in row for row in rows.values())] if rows else []
     met = " | ".join(str(sum(row[label] >= 99 for row in rows.values())) for label in labels)
     return [

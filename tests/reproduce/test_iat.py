@@ -95,7 +95,7 @@ def test_only_the_interpolation_is_between_half_clean_and_iat(test):
     assert not torch.equal(trained[0][1].weight, line()[1].weight)
 
 
-@pytest.mark.parametrize("build", [part.build for part in iat.PARTS.values()], ids=["small", "wide", "residual"])
+@pytest.mark.parametrize("build", [part.build for part in iat.PARTS], ids=["small", "wide", "residual"])
 def test_kept_and_last_are_the_epochs_they_say(test, tmp_path, build):
     images = torch.rand(60, 3, 16, 16, generator=torch.Generator().manual_seed(1))
     train, held = (Dataset(images[part], test.y[part], "planted", (), test.y[part], 60, ()) for part in (slice(40), slice(40, 60)))
@@ -133,8 +133,27 @@ def test_a_block_without_weights_is_its_shortcut():
     assert iat.Block(2, 5, 2)(x).shape == (3, 5, 2, 2)
 
 
-def test_every_part_has_its_own_searches():
-    steps = {part.steps for part in iat.PARTS.values()}
-    assert steps == {3, 7}
-    for count in steps:
-        assert iat.losses(count, 0.5)[iat.IAT].search.steps == count
+@pytest.mark.parametrize("name", iat.ROBUST)
+@pytest.mark.parametrize("part", iat.PARTS, ids=lambda part: part.name)
+def test_a_part_trains_by_its_own_search(test, monkeypatch, part, name):
+    seen = {}
+
+    class Asked(Exception):
+        """What was asked for is known."""
+
+    def asked(place, build, loss, *_):
+        seen[place] = loss
+        raise Asked
+
+    monkeypatch.setattr(iat.robust, "trained", asked)
+    data = Dataset(torch.rand(60, 3, 16, 16), test.y, "planted", (), test.y, 60, ())
+    with pytest.raises(Asked):
+        iat.trained(name, part, data, data, Setting(quick=True))
+    (loss,) = seen.values()
+    assert (loss.search.steps, loss.search.share) == (part.steps, part.share)
+
+
+def test_every_part_has_a_picture_of_its_own():
+    record = Record(1, 1, 0.0, 1.0, {}, 0.5, 0.25, 0.1, 0.2)
+    names = [iat._picture(part, {iat.IAT: iat.Trained({}, {}, (record, record))}).name for part in iat.PARTS]
+    assert names == ["ways", "ways-few", "ways-deep"]

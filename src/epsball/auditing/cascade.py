@@ -166,7 +166,7 @@ def attack_round(
         spent = outcome.queries[claimed][kept]
         current.beyond += len(broken) if stage.beyond else 0
         hits.radius[broken] = current.radius  # last: an interrupt before this line leaves these samples standing
-    outcome = nearer(sheet, current, rows, outcome)
+    outcome = note_near(sheet, current, rows, outcome)
     current.attacks.append(attack_row(attack.name, repr(stage.attack), len(rows), len(broken), outcome, time.perf_counter() - started))
     return spent
 
@@ -177,7 +177,7 @@ def worth(current: Round, stage: Stage) -> bool:
     return before.broken >= stage.pays * before.tried
 
 
-def nearer(sheet: Sheet, current: Round, rows: Tensor, outcome: Outcome) -> Outcome:
+def note_near(sheet: Sheet, current: Round, rows: Tensor, outcome: Outcome) -> Outcome:
     """Writes down how near a search came to breaking those that still stand, and books the one row each that it takes to see."""
     subject, hits = sheet.subject, sheet.hits[current.threat]
     left = (hits.radius[rows] > current.radius).nonzero().squeeze(1)
