@@ -381,6 +381,7 @@ def test_it_is_known_by_name_but_not_run_on_any_model() -> None:
 # Every attack against the oracle.
 
 FLOOR = {  # share of the best gain, (two classes, ten classes); the default is 0.99, and 0.85 under L1 and L0 with ten classes
+    "vertices l1": (0.99, 0.8),  # a run from a large ball may settle on another class than the nearest
     "fgsm l1": (0.8, 0.7),  # one step cannot leave a feature that has met its bound
     "mi_fgsm l1": (0.95, 0.85),
     "mi_fgsm l0": (0.93, 0.8),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -71,7 +72,10 @@ def test_the_vertex_spends_the_radius_on_the_steepest_features(box: tuple[float,
     assert torch.allclose(change, expected, atol=1e-12)
 
 
-@pytest.mark.parametrize(("options", "words"), [({"threat": L2()}, "threat 'l2'"), ({"first": 0.9}, "first: 0.9")])
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [({"threat": L2()}, "threat 'l2'"), ({"first": (0.9, 3.0)}, "first: .0.9"), ({"first": (4.0, 3.0)}, "4.0, 3.0")],
+)
 def test_what_does_not_fit_is_one_line(options: dict[str, Any], words: str) -> None:
     with pytest.raises(BadInput, match=words):
         vertices(5, **options)
@@ -85,23 +89,23 @@ def test_no_slope_is_no_move() -> None:
 def searched(far: float, steps: int, first: float = 4.0) -> tuple[Seen, eb.core.Outcome]:
     """A search with radius 1."""
     model, (x, y) = Seen(far), center()
-    return model, vertices(steps, L1(), first=first)(model, x, y, 1.0)
+    return model, vertices(steps, L1(), first=(first, first))(model, x, y, 1.0)
 
 
-def test_balls_shrink_geometrically_over_60_percent_of_the_looks() -> None:
+def test_balls_shrink_geometrically_over_half_of_the_looks() -> None:
     model, outcome = searched(1 + 1e-6, 100)  # whatever exceeds 1 fools it, and nothing inside does
     looks = torch.tensor(model.sizes[1:], dtype=torch.float64)  # after the clean one
     assert not bool(outcome.reached)
     assert len(looks) == 101
-    most = torch.tensor([4 ** (1 - look / 60) for look in range(60)], dtype=torch.float64)
-    assert bool((looks[:60] <= most + 1e-6).all())
-    assert bool((looks[5:60] > 0.7 * most[5:]).all())
-    assert float(looks[60:].max()) <= 1 + 1e-6
+    most = torch.tensor([4 ** (1 - look / 50) for look in range(50)], dtype=torch.float64)
+    assert bool((looks[:50] <= most + 1e-6).all())
+    assert bool((looks[5:50] > 0.7 * most[5:]).all())
+    assert float(looks[50:].max()) <= 1 + 1e-6
 
 
-@pytest.mark.parametrize(("far", "rows"), [(4.5, 18), (3.0, 36), (2.2, 51), (1.4, 60)])
+@pytest.mark.parametrize(("far", "rows"), [(4.5, 15), (3.0, 30), (2.2, 42), (1.4, 50)])
 def test_it_is_over_at_the_check_after_which_larger_balls_held_nothing(far: float, rows: int) -> None:
-    """The balls of looks 0, 18, 36 and 51, with which the four stretches begin, are 4, 2.64, 1.74 and 1.23 budgets."""
+    """The balls of looks 0, 15, 30 and 42, with which the four stretches begin, are 4, 2.64, 1.74 and 1.25 budgets."""
     _, outcome = searched(far, 100)
     assert not bool(outcome.reached)
     assert int(outcome.queries) == rows + 1
@@ -109,12 +113,25 @@ def test_it_is_over_at_the_check_after_which_larger_balls_held_nothing(far: floa
     assert float(outcome.size) <= 1
 
 
+def test_every_run_draws_its_own_first_ball_and_larger_ones_take_shorter_steps() -> None:
+    asked, n = problem(L1(), 1.0), 2000
+    many = replace(asked, x=asked.x.expand(n, -1), radius=asked.radius.expand(n), ids=torch.arange(n))
+    tour = Vertices((2.0, 32.0), share=(0.5, 0.9)).init(many, 20)
+    place = tour.first.log2().sub(1) / 4  # uniform in [0, 1): quantiles within 4 deviations
+    assert bool(((place >= 0) & (place < 1)).all())
+    for quantile in (0.1, 0.5, 0.9):
+        assert abs(float((place < quantile).double().mean()) - quantile) < 4 * (quantile * (1 - quantile) / n) ** 0.5
+    assert torch.allclose(tour.share, 0.9 - 0.4 * place)
+    sure = Vertices((2.0, 32.0), share=(0.5, 0.9), noise=False).init(asked, 20)
+    assert (float(sure.first), float(sure.share)) == (32.0, 0.5)
+
+
 def test_it_solves_a_linear_problem() -> None:
     weights = torch.linspace(0.1, 1.0, 16, dtype=torch.float64)
     best = 0.5 * float(weights[-1] + weights[-2])  # radius 1: two features to their ends
     x, y = center()
-    near = Attack("vertices", L1(), margin, Vertices(1.0, noise=False), 20)(Seen(0.99 * best, weights), x, y, 1.0)
-    beyond = Attack("vertices", L1(), margin, Vertices(1.0, noise=False), 20)(Seen(1.001 * best, weights), x, y, 1.0)
+    near = Attack("vertices", L1(), margin, Vertices((1.0, 1.0), noise=False), 20)(Seen(0.99 * best, weights), x, y, 1.0)
+    beyond = Attack("vertices", L1(), margin, Vertices((1.0, 1.0), noise=False), 20)(Seen(1.001 * best, weights), x, y, 1.0)
     assert bool(near.reached)
     assert not bool(beyond.reached)
     assert float(near.size) <= 1

@@ -17,7 +17,7 @@ from epsball.errors import BadInput
 from epsball.objectives import margin
 from epsball.threats import L1
 
-_LARGER = 0.6
+_LARGER = 0.5
 """Share of the looks that larger balls take."""
 _CHECKS = (0.3, 0.6, 0.85, 1.0)
 """Shares of those after which a search that has reached its goal nowhere since the last check is over."""
@@ -40,9 +40,14 @@ def vertex(problem: Problem, slope: Tensor, radius: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class _Tour:
-    """`slope` (B, ...): averaged unit gradients; `hit` (B,): some look since the last check reached the goal."""
+    """`first`, `share` (B,): radius of the first ball, in budgets, and first step. `slope` (B, ...): averaged unit gradients.
+
+    `hit` (B,): some look since the last check reached the goal.
+    """
 
     z: Tensor
+    first: Tensor
+    share: Tensor
     slope: Tensor
     hit: Tensor
     looks: int
@@ -53,28 +58,35 @@ class _Tour:
 class Vertices:
     """z <- P(z + share * (v - z)), v the best vertex of the ball for the averaged gradient (Frank & Wolfe 1956, with memory).
 
-    The ball shrinks geometrically from `first` budgets to one over the first 60 % of the looks: in large balls the features that
-    matter show themselves. Steps there and back are as long as the ball is wide, so that nothing has to be tuned to it. Where no
-    look since the last of four checks reached the goal in a larger ball, the search is over, for smaller balls lie inside it.
-    Outside the budget `run` is shown the clean input.
+    The ball shrinks geometrically from `first` budgets to one over the first half of the looks: in large balls the features that
+    matter show themselves. Which ball is large enough hangs on the model: 3 budgets for standard networks, 30, with shorter steps,
+    for adversarially trained ones. So every run draws its own. Steps are as long as the ball is wide, so that nothing has to be tuned
+    to it. Where no look since the last of four checks reached the goal in a larger ball, the search is over, for smaller balls lie
+    inside it: many such short runs break more than few long ones. Outside the budget `run` is shown the clean input.
 
     Attributes:
-        first: radius of the first ball, in budgets, 1 or more. memory: of the averaged gradient.
-        share, last: first and last step, in ways to the vertex, along half a cosine. noise: from a random point of the first ball.
+        first: radii between which that of the first ball is drawn (uniform in its logarithm), in budgets, 1 or more.
+        share: first step, in ways to the vertex, in the largest first ball and in the least; in proportion to the logarithm between.
+        last: last step; half a cosine leads there. memory: of the averaged gradient.
+        noise: from a random point of a first ball that is drawn; else from the clean input, in the largest.
     """
 
-    first: float
-    share: float = 0.7
-    last: float = 0.1
+    first: tuple[float, float]
+    share: tuple[float, float] = (0.5, 0.8)
+    last: float = 0.25
     memory: float = 0.7
     gradient: Gradient = autograd
     noise: bool = True
 
     def init(self, problem: Problem, steps: int) -> _Tour:
         """At a random point of the first ball."""
-        radius = self._scale(0, steps) * problem.radius
-        z = problem.threat.start(problem.x, radius, problem.key if self.noise else None, problem.ids)
-        return _Tour(z, torch.zeros_like(z), torch.zeros(len(z), dtype=torch.bool, device=z.device), 0, steps)
+        (least, most), (short, long) = self.first, self.share
+        drawn = torch.ones_like(problem.radius)
+        if self.noise:
+            drawn = problem.key.fold("tour").uniform(problem.ids, drawn)
+        first, share = least * (most / least) ** drawn, long + (short - long) * drawn
+        z = problem.threat.start(problem.x, first * problem.radius, problem.key if self.noise else None, problem.ids)
+        return _Tour(z, first, share, torch.zeros_like(z), torch.zeros(len(z), dtype=torch.bool, device=z.device), 0, steps)
 
     def step(self, problem: Problem, state: _Tour) -> tuple[Reading, _Tour]:
         """One look, one step toward a vertex of the next ball."""
@@ -87,19 +99,20 @@ class Vertices:
             shown = replace(offered(problem, reading, inside), over=~hit if check else None)
             hit = torch.zeros_like(hit) if check else hit
         slope = self.memory * state.slope + normalized(reading.gradient, 2)
-        radius = self._scale(looks, state.steps) * problem.radius
+        radius = self._scale(state, looks) * problem.radius
         fall = (1 + math.cos(math.pi * state.looks / state.steps)) / 2
-        share = self.last + (self.share - self.last) * fall
-        moved = state.z + share * (vertex(problem, slope, radius) - state.z)
-        return shown, _Tour(problem.threat.project(problem.x, moved, radius), slope, hit, looks, state.steps)
+        share = self.last + (state.share - self.last) * fall
+        moved = state.z + per_sample(share, state.z) * (vertex(problem, slope, radius) - state.z)
+        z = problem.threat.project(problem.x, moved, radius)
+        return shown, replace(state, z=z, slope=slope, hit=hit, looks=looks)
 
     def _larger(self, steps: int) -> int:
-        return round(_LARGER * steps) if self.first > 1 else 0
+        return round(_LARGER * steps) if self.first[1] > 1 else 0
 
-    def _scale(self, looks: int, steps: int) -> float:
-        """Radius of the ball of a look, in budgets."""
-        larger = self._larger(steps)
-        return self.first ** (1 - looks / larger) if looks < larger else 1.0
+    def _scale(self, state: _Tour, looks: int) -> Tensor:
+        """Radius (B,) of the ball of a look, in budgets."""
+        larger = self._larger(state.steps)
+        return state.first ** (1 - looks / larger) if looks < larger else torch.ones_like(state.first)
 
 
 @register(
@@ -107,18 +120,21 @@ class Vertices:
     threats=("l1",),
     cost="at most steps forwards and backwards, 1 forward to judge",
 )
-def vertices(steps: int = 40, threat: Projects | None = None, objective: Objective = margin, first: float = 10.0) -> Attack:
-    """Conditional gradients under L1 in balls that shrink from `first` budgets to one (`Vertices`).
+def vertices(
+    steps: int = 20, threat: Projects | None = None, objective: Objective = margin, first: tuple[float, float] = (3.0, 30.0)
+) -> Attack:
+    """Conditional gradients under L1 in balls that shrink to the budget (`Vertices`). Many short runs beat few long ones: `Restarts`.
 
     Args:
-        steps: looks, over all balls. threat: L1. objective: what is climbed. first: radius of the first ball, in budgets, 1 or more.
+        steps: looks, over all balls. threat: L1. objective: what is climbed.
+        first: least and largest radius of the first ball, in budgets, 1 or more; drawn for every run.
 
     Raises:
-        BadInput: a threat other than L1, or a first ball inside the budget.
+        BadInput: a threat other than L1, a first ball inside the budget, or a largest one smaller than the least.
     """
     threat = threat or L1()
     if not isinstance(threat, L1):
         raise BadInput(f"threat '{threat.name}': has no sparse vertices: use l1")
-    if first < 1:
-        raise BadInput(f"first: {first}: must be 1 or more")
+    if not 1 <= first[0] <= first[1]:
+        raise BadInput(f"first: {first}: must be two rising numbers of 1 or more, as in (3, 30)")
     return Attack("vertices", threat, objective, Vertices(first), steps)
