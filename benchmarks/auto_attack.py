@@ -6,7 +6,7 @@ test images. AutoAttack is the official code, version `standard`, which drops wh
 are judged by a fresh look, as ours are. Every run is kept in cache/autoattack: AutoAttack's once, ours until the package's
 search code changes. `--tables` runs nothing. `--only WORD ...` takes the cases whose name holds a word. `--turns SEED ...` keeps
 nothing and writes nothing: it prints, case by case, AutoAttack and the search with each of these seeds in turn, twice;
-`--rival SEED` gives AutoAttack another seed than that of the images.
+`--rival SEED` gives AutoAttack another seed than that of the images, `--radius R` both sides another budget.
 """
 
 from __future__ import annotations
@@ -115,12 +115,13 @@ def cases(n: int, seed: int, words: list[str]) -> Iterator[Case]:
         if not wanted:
             continue
         net = (load(name) if name.startswith("digits") else nets.trained(name)).requires_grad_(False)
-        x, y = _sample(name, net, n, seed)
+        x, y = sample(name, net, n, seed)
         for norm, text in wanted:
             yield Case(name, net, x, y, norm, text)
 
 
-def _sample(name: str, net: nn.Module, n: int, seed: int) -> tuple[Tensor, Tensor]:
+def sample(name: str, net: nn.Module, n: int, seed: int) -> tuple[Tensor, Tensor]:
+    """As `cases`: images and labels."""
     sources = {"digits": "digits", "mnist": str(nets.mnist_file()), "cifar": str(nets.root() / "cifar10_jpeg")}
     data = eb.load_data(sources[name.split("-")[0]], split="test")
     with torch.no_grad():
@@ -217,9 +218,12 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--tables", action="store_true", help="run nothing, write the tables")
     parser.add_argument("--turns", nargs="+", type=int, metavar="SEED", help="both sides in turn, the search with these seeds; prints only")
     parser.add_argument("--rival", type=int, metavar="SEED", help="AutoAttack's seed with --turns; that of the images if left out")
+    parser.add_argument("--radius", metavar="R", help="with --turns: another budget than the table's")
     arguments = parser.parse_args()
     if arguments.rival is not None and not arguments.turns:
         parser.error("--rival: AutoAttack's kept runs have the seed of the images: give --turns too")
+    if arguments.radius is not None and not arguments.turns:
+        parser.error("--radius: the table has its own budgets: give --turns too")
     return arguments
 
 
@@ -300,6 +304,7 @@ def in_turn(arguments: argparse.Namespace) -> None:
     """Both sides under the same load: AutoAttack, then the search with each seed, all twice."""
     rival = arguments.seed if arguments.rival is None else arguments.rival
     for at in cases(arguments.n, arguments.seed, arguments.only):
+        at = replace(at, text=arguments.radius or at.text)
         for _ in range(2):
             theirs = official(at, rival)
             print(f"{at.name} {at.norm}:{at.text}, n {len(at.x)}: AutoAttack stands {theirs.robust}, {theirs.seconds:.2f} s")

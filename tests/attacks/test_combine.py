@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -12,7 +12,7 @@ from lawkit import answers, bench, check_legal, check_nested, check_replay, radi
 from torch import Tensor
 
 from epsball.attacks import Cascade, EveryTarget, Restarts, SmallestRadius, by_logit, get, malt, outside_in
-from epsball.core import Attack, Key, Outcome, Targeted, as_goal, content_ids, valid
+from epsball.core import Attack, Key, Outcome, Tally, Targeted, Victim, as_goal, content_ids, valid
 from epsball.errors import BadInput
 from epsball.objectives import dlr_targeted, margin
 from epsball.threats import Linf, named
@@ -127,7 +127,7 @@ def test_restarts_go_on_where_others_ended() -> None:
 @pytest.mark.parametrize("wide", [1, 20, 1024])
 @pytest.mark.parametrize("threat", ["linf", "l2", "l1"])
 def test_runs_side_by_side_find_what_runs_in_turn_find(threat: str, wide: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Same successes, same inputs, bit for bit, whatever a batch may hold; only rows of runs that were not needed come on top."""
+    """The same samples break whatever a batch may hold, and who stands costs the same; without dropping all is the same, bit for bit."""
     monkeypatch.setattr("epsball.attacks.combine.WIDE", wide)
     b, radius = bench(4, n=12), 0.5 * radius_of(threat)
     inner = Attack("apgd", named(threat), margin, get("apgd", threat=threat).strategy, 5)  # type: ignore[attr-defined]
@@ -142,11 +142,27 @@ def test_runs_side_by_side_find_what_runs_in_turn_find(threat: str, wide: int, m
             turn, side = (make(abreast)(b.model, b.x, b.labels, radius, 3, drop=drop) for abreast in (None, True))
             assert 0 < int(turn.reached[2:].sum()) < 10
             assert torch.equal(side.reached, turn.reached)
-            assert torch.equal(side.x_adv, turn.x_adv)
-            assert bool((side.queries >= turn.queries).all())
             stood = ~turn.reached if drop else torch.ones_like(turn.reached)
+            assert torch.equal(side.x_adv[stood], turn.x_adv[stood])
+            assert torch.equal(Victim.of(b.model).outputs(side.x_adv, Tally.zeros(12)).argmax(1) != b.labels, turn.reached)
             assert torch.equal(side.queries[stood], turn.queries[stood])
             assert torch.equal(side.backwards[stood], turn.backwards[stood])
+
+
+def test_the_first_success_of_runs_side_by_side_ends_the_others() -> None:
+    """Nobody takes more looks than the quickest of its runs needs, in as many runs, and what is found is what that run finds."""
+    b, radius, runs = bench(4, n=12), 0.5 * radius_of("linf"), 4
+    inner = Restarts(get("apgd", steps=8), 1)
+    each = [replace(inner, first=number)(b.model, b.x, b.labels, radius, 3) for number in range(runs)]
+    side = Restarts(inner.attack, runs, abreast=True)(b.model, b.x, b.labels, radius, 3)
+    looks = torch.stack([outcome.backwards for outcome in each])
+    won = torch.stack([outcome.reached for outcome in each])
+    broken = won.any(0) & (looks.sum(0) > 0)
+    assert bool((looks.amax(0) > looks.amin(0))[broken].any())
+    quickest = torch.where(won, looks, 99).min(0)
+    assert torch.equal(side.backwards[broken], runs * quickest.values[broken])
+    for row in broken.nonzero().squeeze(1).tolist():
+        assert torch.equal(side.x_adv[row], each[int(quickest.indices[row])].x_adv[row])
 
 
 def test_noise_where_gradients_vanish_is_each_runs_own() -> None:

@@ -381,7 +381,7 @@ def test_it_is_known_by_name_but_not_run_on_any_model() -> None:
 # Every attack against the oracle.
 
 FLOOR = {  # share of the best gain, (two classes, ten classes); the default is 0.99, and 0.85 under L1 and L0 with ten classes
-    "vertices l1": (0.99, 0.8),  # a run from a large ball may settle on another class than the nearest
+    "vertices l1": (0.99, 0.8),  # a run from a large ball may settle on another class than the nearest (see the test below)
     "fgsm l1": (0.8, 0.7),  # one step cannot leave a feature that has met its bound
     "mi_fgsm l1": (0.95, 0.85),
     "mi_fgsm l0": (0.93, 0.8),
@@ -463,6 +463,15 @@ def test_every_gradient_attack_comes_near_the_optimum(name: str, threat: str, cl
         assert ratio.max() <= 1 + 1e-9, "better than the optimum: the oracle or the ball is wrong"
         assert np.median(ratio) >= floor, f"median {np.median(ratio):.4f}"
         assert not bool((found.reached & ~best.reached).any())
+
+
+def test_vertices_gains_all_there_is_at_the_class_that_it_settles_on() -> None:
+    c = case(10, "l1", n=16, shape=(4, 4, 4))
+    found = get("vertices", threat="l1")(c.model, c.x, Untargeted(c.labels), RADIUS["l1"], drop=False)
+    rivals = c.model(found.x_adv).scatter(1, c.labels[:, None], -torch.inf).argmax(1)
+    for x, x_adv, label, rival in zip(c.x.flatten(1).numpy(), found.x_adv.flatten(1).numpy(), c.labels, rivals, strict=True):
+        slope = c.weights[rival] - c.weights[label]
+        assert slope @ (x_adv - x) >= 0.99 * most("l1", slope, -x, 1 - x, RADIUS["l1"], None)
 
 
 def best(c: Linear, goal: Goal, threat: str) -> Any:

@@ -13,17 +13,19 @@ from planted import BinaryLinear, blobs, digits, linear, unusual, verdicts
 from torch import Tensor, nn
 
 import epsball as eb
-from epsball.attacks import Restarts
+from epsball.attacks import EveryTarget, Restarts
 from epsball.auditing.cascade import Tick, attack_round, cascade
 from epsball.auditing.checks import Scene, losses_agree
 from epsball.auditing.cost import Estimate
-from epsball.auditing.plan import EFFORTS, Stage, default_threats, plan
+from epsball.auditing.plan import EFFORTS, Stage, allowed, default_threats, plan
 from epsball.auditing.results import AttackRow, Report
 from epsball.auditing.run import Plan, prepare
 from epsball.auditing.sheet import Subject
+from epsball.core import Attack
 from epsball.errors import BadInput
 from epsball.models import wrap
 from epsball.models.digits import load
+from epsball.objectives import cross_entropy, margin
 from epsball.store import evidence
 from epsball.threats import named, parse_threat
 
@@ -234,7 +236,7 @@ def test_default_threats_are_proportional_to_the_box(shape: tuple[int, ...]) -> 
 def test_every_plan_begins_cheap_and_has_an_attack(effort: str, threat: str) -> None:
     for classes, single in ((2, True), (3, True), (10, True), (1, False), (5, False)):
         stages = plan(named(threat), effort, classes=classes, single_label=single, gradients=True)
-        assert [s.attack.name for s in stages[:2]] == ["pgd", "noise"]
+        assert [s.attack.name for s in stages[:2]] == ["vertices" if threat == "l1" else "pgd", "noise"]
         assert len(stages) >= 3
         assert all(stage.rows > 0 and stage.attack.threat.name == threat for stage in stages)
     assert [s.attack.name for s in plan(named(threat), effort, classes=10, single_label=True, gradients=False)] == ["noise"]
@@ -404,52 +406,82 @@ def test_the_users_victim_keeps_its_name_and_batch_size(tmp_path: Path) -> None:
 @pytest.mark.parametrize("norm", ["linf", "l2"])
 def test_who_came_near_is_searched_from_more_starts(norm: str) -> None:
     stages = plan(named(norm), "default", classes=10, single_label=True, gradients=True)
-    shares = [stage.near for stage in stages]
-    assert shares == sorted(shares, reverse=True)
-    assert shares[0] == 1.0
-    walks = stages[-2 if norm == "linf" else -1]
+    first = next(place for place, stage in enumerate(stages) if stage.near < 1)
+    assert all(stage.near == 1 for stage in stages[:first])
+    assert all(stage.near < 1 for stage in stages[first:])
+    (walks,) = (stage for stage in stages if stage.near < 1 and stage.attack.name == "outside_in")
     assert isinstance(walks.attack, Restarts)
     assert walks.nearer is not None
     share, runs = walks.nearer
     assert (share < walks.near, runs < walks.attack.count) == (True, True)
-    assert [stage.pays for stage in stages] == ([0.0] * 5 + [0.1] if norm == "linf" else [0.0] * 5)
-    suited = walks.suited(torch.tensor([0.0, share, walks.near], dtype=torch.float64), 9, 0)
+    suited = walks.suited(torch.tensor([0.0, share, walks.near], dtype=torch.float64), 0)
     assert isinstance(suited, Restarts)
     assert isinstance(suited.abreast, torch.Tensor)
     assert suited.abreast.tolist() == [walks.attack.count, walks.attack.count, runs]
     assert (suited.attack, suited.count) == (walks.attack.attack, walks.attack.count)
 
 
-def test_under_l1_no_start_comes_twice_and_rows_that_are_left_go_to_all_that_stand() -> None:
-    first, *stages = plan(named("l1"), "default", classes=10, single_label=True, gradients=True)[2:]
-    starts: dict[str, list[int]] = {first.attack.name: [0]}
+def test_under_linf_restarts_climb_two_losses_and_every_class_has_to_pay() -> None:
+    stages = plan(named("linf"), "default", classes=10, single_label=True, gradients=True)
+    climbs = [stage.attack.attack for stage in stages if isinstance(stage.attack, Restarts) and stage.attack.name == "apgd"]
+    assert [inner.objective for inner in climbs if isinstance(inner, Attack)] == [margin, cross_entropy]
+    assert [place for place, stage in enumerate(stages) if stage.pays] == [len(stages) - 1]
+
+
+@pytest.mark.parametrize("effort", EFFORTS)
+@pytest.mark.parametrize("single", [True, False])
+def test_under_l1_no_start_comes_twice(effort: str, single: bool) -> None:
+    """Of one search at one goal: runs of one number begin at the same point, whatever they climb and however long."""
+    starts: dict[str, list[int]] = {}
+    for stage in plan(named("l1"), effort, classes=10, single_label=single, gradients=True):
+        if isinstance(stage.attack, EveryTarget):
+            continue
+        begin, count = (stage.attack.first or 0, stage.attack.count) if isinstance(stage.attack, Restarts) else (0, 1)
+        starts.setdefault(stage.attack.name, []).extend(range(begin, begin + count))
+    assert all(sorted(set(numbers)) == sorted(numbers) for name, numbers in starts.items() if name in ("vertices", "from_larger"))
+    assert {"vertices", "outside_in"} <= set(starts)
+
+
+@pytest.mark.parametrize("norm", ["l2", "l1"])
+def test_one_walk_shows_whether_more_pay(norm: str) -> None:
+    """And none begins where another did."""
+    stages = plan(named(norm), "default", classes=10, single_label=True, gradients=True)
+    (more,) = (place for place, stage in enumerate(stages) if stage.pays)
+    assert [stage.attack.name for stage in stages[more - 1 : more + 1]] == ["outside_in"] * 2
+    numbers = []
     for stage in stages:
-        assert isinstance(stage.attack, Restarts)
-        begin = stage.attack.first or 0
-        starts.setdefault(stage.attack.name, []).extend(range(begin, begin + stage.attack.count))
-    assert all(numbers == list(range(len(numbers))) for numbers in starts.values())
-    assert set(starts) == {"vertices", "from_larger"}
-    (near,) = (stage for stage in stages if stage.near < 1)
+        if stage.attack.name == "outside_in":
+            begin, count = (stage.attack.first or 0, stage.attack.count) if isinstance(stage.attack, Restarts) else (0, 1)
+            numbers += range(begin, begin + count)
+    assert numbers == list(range(len(numbers)))
+
+
+@pytest.mark.parametrize("single", [True, False])
+def test_under_l1_rows_that_are_left_go_to_all_that_stand(single: bool) -> None:
+    stages = plan(named("l1"), "default", classes=10, single_label=single, gradients=True)
+    assert [stage.attack.name for stage in stages if isinstance(stage.attack, EveryTarget)] == ["vertices_t"] * single
+    first = next(place for place, stage in enumerate(stages) if stage.fill)
+    near, *rest = stages[first:]
     assert near.nearer is not None
     assert isinstance(near.attack, Restarts)
-    assert (near.nearer[0] < near.near, near.nearer[1] < near.attack.count) == (True, True)
-    assert [stage.fill is not None for stage in stages] == [False] * 3 + [True] * 4
+    assert (near.near < 1, near.nearer[0] < near.near, near.nearer[1] < near.attack.count) == (True, True, True)
+    assert all(stage.fill > 0 and stage.near == 1 for stage in rest)
 
 
 @pytest.mark.parametrize(("spent", "runs"), [(0, 3), (100, 3), (101, 2), (140, 1), (141, None), (999, None)])
 def test_a_stage_that_fills_runs_as_often_as_fits(spent: int, runs: int | None) -> None:
-    """20 rows for each of 10 that stand; a run of the 4 that are searched takes 5 rows each."""
-    stage = Stage(Restarts(eb.attacks.pgd(steps=5), 3, abreast=True), 15, fill=(20, 5))
-    attack = stage.suited(torch.zeros(4, dtype=torch.float64), 10, spent + 40)
+    """160 rows are left at first; a run of the 4 that are searched takes 5 rows each."""
+    stage = Stage(Restarts(eb.attacks.pgd(steps=5), 3, abreast=True), 15, fill=5)
+    attack = stage.suited(torch.zeros(4, dtype=torch.float64), 160 - spent)
     assert (attack is None) is (runs is None)
     if isinstance(attack, Restarts):
         assert isinstance(attack.abreast, torch.Tensor)
         assert attack.abreast.tolist() == [runs] * 4
 
 
-def test_under_l1_no_search_of_the_default_plan_needs_classes() -> None:
-    aimed, free = (plan(named("l1"), "default", classes=10, single_label=single, gradients=True) for single in (True, False))
-    assert repr(aimed) == repr(free)
+def test_a_round_may_spend_on_who_stands_more_than_on_who_broke() -> None:
+    assert allowed(3, 5) == 3 * allowed(1, 0) + 5 * allowed(0, 1)
+    assert allowed(1, 0) > 5 * allowed(0, 1) > 0
 
 
 @pytest.mark.parametrize(("broken", "asked"), [(0, False), (1, False), (2, True)])

@@ -20,7 +20,7 @@ from epsball.attacks.spatial import rotation_translation
 from epsball.attacks.square import square
 from epsball.attacks.surrogate import Surrogate, transferred
 from epsball.attacks.transfer import di_fgsm
-from epsball.core import Attack, AttackLike, Goal, Key, Model, Outcome, Problem, Projects, Reading, Victim, Watch
+from epsball.core import Attack, AttackLike, Drop, Goal, Key, Model, Outcome, Problem, Projects, Reading, Victim, Watch
 from epsball.core.attack import recipe
 from epsball.core.descent import Strategy
 from epsball.core.victim import Access
@@ -176,7 +176,7 @@ class BlackBox:
         seed: int | Key = 0,
         *,
         clean: Tensor | None = None,
-        drop: bool = True,
+        drop: Drop = True,
         watch: Watch | None = None,
     ) -> Outcome:
         """As `Attack.__call__`."""

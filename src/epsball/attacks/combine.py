@@ -8,8 +8,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from epsball.core import Aimed, AttackLike, Goal, Key, Model, Outcome, Projects, Tally, Untargeted, Victim, Watch, as_goal, valid
+from epsball.core import Aimed, AttackLike, Drop, Goal, Key, Model, Outcome, Projects, Tally, Untargeted, Victim, Watch, as_goal, valid
 from epsball.core.attack import check_inputs, check_labels, recipe
+from epsball.core.problem import ends
 from epsball.core.rows import moved, take
 from epsball.errors import BadInput
 
@@ -31,7 +32,7 @@ class Case:
         x, goal, radius = self.x[rows], self.goal.take(rows), self.radius[rows]
         return replace(self, x=x, goal=goal, radius=radius, clean=self.clean[rows], key=self.key.take(rows))
 
-    def run(self, attack: AttackLike, drop: bool, watch: Watch | None) -> Outcome:
+    def run(self, attack: AttackLike, drop: Drop, watch: Watch | None) -> Outcome:
         """What the attack makes of it."""
         return attack(self.victim, self.x, self.goal, self.radius, self.key, clean=self.clean, drop=drop, watch=watch)
 
@@ -121,7 +122,10 @@ def _repeated(case: Case, attack: AttackLike, turn: Turn, runs: range, abreast: 
 
 
 def _abreast(case: Case, attack: AttackLike, turn: Turn, runs: range, counts: Tensor, drop: bool, watch: Watch | None) -> Outcome:
-    """The first `counts` (B,) runs of every sample in one batch. Earlier runs win ties, as in turn, so that the batch decides nothing."""
+    """The first `counts` (B,) runs of every sample in one batch; the first success of any of them ends the others if `drop`.
+
+    All runs of a sample are in one batch, and earlier runs win ties, so that the batch decides nothing.
+    """
     whole = nothing(case, attack.threat.within(case.victim.box), len(runs))
     begun = (~whole.reached & ~whole.flags["invalid"]).nonzero().squeeze(1)
     for rows in torch.split(begun, max(WIDE, len(begun)) // len(runs) or 1) if len(begun) else ():
@@ -136,7 +140,7 @@ def _abreast(case: Case, attack: AttackLike, turn: Turn, runs: range, counts: Te
             if watch is not None:
                 watch(step, steps, min(left, most))
 
-        found, first = turn(case.take(several), several, numbers).run(attack, drop, samples), 0
+        found, first = turn(case.take(several), several, numbers).run(attack, several if drop else False, samples), 0
         for part in parts:
             whole = merged(whole, part, take(found, slice(first, first + len(part))))
             first += len(part)
@@ -148,8 +152,8 @@ class Restarts:
     """`count` runs of one attack, each with fresh noise, on the samples that still stand. More never lose a success.
 
     `first` is the number of the first run: to go on where others, of that many runs, have ended. `abreast` has all runs of a
-    sample side by side in one batch: the same result in up to `count` times fewer calls of the model, for the rows of runs
-    that would not have been needed. Whole numbers (B,) do so too, and give each sample only so many runs.
+    sample side by side in one batch: the same samples break in up to `count` times fewer calls of the model, for the rows that
+    runs take before the first of them succeeds. Whole numbers (B,) do so too, and give each sample only so many runs.
     """
 
     attack: AttackLike
@@ -176,7 +180,7 @@ class Restarts:
         seed: int | Key = 0,
         *,
         clean: Tensor | None = None,
-        drop: bool = True,
+        drop: Drop = True,
         watch: Watch | None = None,
     ) -> Outcome:
         """As `Attack.__call__`. Cost: at most `count` times the attack's."""
@@ -189,7 +193,7 @@ class Restarts:
 
         with Victim.of(model) as victim:
             case, first = opened(victim, x, goal, radius, clean, seed), self.first or 0
-            return _repeated(case, self.attack, turn, range(first, first + self.count), self.abreast, drop, watch)
+            return _repeated(case, self.attack, turn, range(first, first + self.count), self.abreast, ends(drop), watch)
 
     def __repr__(self) -> str:
         return recipe(self)
@@ -223,17 +227,19 @@ class Cascade:
         seed: int | Key = 0,
         *,
         clean: Tensor | None = None,
-        drop: bool = True,
+        drop: Drop = True,
         watch: Watch | None = None,
     ) -> Outcome:
         """As `Attack.__call__`. Cost: at most the sum of the attacks'."""
 
         def stage(attack: AttackLike) -> Stage:
-            return lambda c, _: c.run(attack, drop, watch)
+            return lambda c, _: c.run(attack, ends(drop), watch)
 
         with Victim.of(model) as victim:
             case = opened(victim, x, goal, radius, clean, seed)
-            return _union(case, self.threat.within(case.victim.box), [stage(attack) for attack in self.attacks], len(self.attacks), drop)
+            return _union(
+                case, self.threat.within(case.victim.box), [stage(attack) for attack in self.attacks], len(self.attacks), ends(drop)
+            )
 
     def __repr__(self) -> str:
         return recipe(self)
@@ -274,7 +280,7 @@ class EveryTarget:
         seed: int | Key = 0,
         *,
         clean: Tensor | None = None,
-        drop: bool = True,
+        drop: Drop = True,
         watch: Watch | None = None,
     ) -> Outcome:
         """As `Attack.__call__`, for untargeted goals. Cost: that of the order, then at most `count` times the attack's."""
@@ -295,7 +301,7 @@ class EveryTarget:
                 key = c.key.branch(ranks, lambda key, rank: key.fold("target", rank))
                 return replace(c, goal=Aimed(labels[rows], targets[rows, ranks]), key=key)
 
-            whole = _repeated(case, self.attack, turn, range(count), self.abreast, drop, watch)
+            whole = _repeated(case, self.attack, turn, range(count), self.abreast, ends(drop), watch)
         return replace(whole, queries=whole.queries + tally.forwards, backwards=whole.backwards + tally.backwards)
 
     def __repr__(self) -> str:
@@ -332,7 +338,7 @@ class SmallestRadius:
         seed: int | Key = 0,
         *,
         clean: Tensor | None = None,
-        drop: bool = True,
+        drop: Drop = True,
         watch: Watch | None = None,
     ) -> Outcome:
         """As `Attack.__call__`; `radius` is the largest change of interest, None all that the box allows.
@@ -350,7 +356,7 @@ class SmallestRadius:
                     break
                 ask = high if number == 0 else (low + high) / 2
                 c = case.take(rows)
-                part = replace(c, radius=ask[rows], key=c.key.fold("round", number)).run(self.attack, drop, watch)
+                part = replace(c, radius=ask[rows], key=c.key.fold("round", number)).run(self.attack, ends(drop), watch)
                 whole = merged(whole, rows, part, smallest=True)
                 high[rows] = torch.where(part.reached, torch.minimum(part.size, high[rows]), high[rows])
                 low[rows] = torch.where(part.reached, low[rows], ask[rows])

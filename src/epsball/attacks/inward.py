@@ -12,7 +12,7 @@ from epsball.attacks.apgd import apgd
 from epsball.attacks.combine import SmallestRadius, merged, nothing, opened
 from epsball.attacks.minimal import offered
 from epsball.attacks.registry import register
-from epsball.core import Attack, Goal, Gradient, Key, Model, Outcome, Problem, Projects, Reading, Victim, Watch, autograd
+from epsball.core import Attack, Drop, Goal, Gradient, Key, Model, Outcome, Problem, Projects, Reading, Victim, Watch, autograd
 from epsball.core.attack import recipe
 from epsball.core.rows import per_sample
 from epsball.core.rule import normalized
@@ -180,7 +180,7 @@ class OutsideIn:
         seed: int | Key = 0,
         *,
         clean: Tensor | None = None,
-        drop: bool = True,
+        drop: Drop = True,
         watch: Watch | None = None,
     ) -> Outcome:
         """As `Attack.__call__`. Where the box has no end nothing is far, nothing is searched and nothing spent."""
@@ -198,7 +198,7 @@ class OutsideIn:
             # From 40 times as far as the end, say: exp(-gamma * steps / 2) is how far the ball can shrink.
             gamma, share = min(7.5 / max(self.steps, 1), 0.3), 0.1 if isinstance(self.threat, L1) else 0.3
             walk = inward(self.threat, away.x_adv, self.steps, share, gamma, smallest=self.smallest)
-            found = c.run(walk, drop, watch)
+            found = c.run(walk, drop[rows] if isinstance(drop, Tensor) else drop, watch)
             spent = replace(found, queries=found.queries + away.queries, backwards=found.backwards + away.backwards)
         return merged(whole, rows, spent, smallest=self.smallest)
 

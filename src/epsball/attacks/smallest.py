@@ -15,8 +15,9 @@ from epsball.attacks.pgd import pgd
 from epsball.attacks.registry import register
 from epsball.attacks.sigma_zero import sigma_zero
 from epsball.attacks.targets import malt
-from epsball.core import Aimed, AttackLike, Goal, Key, Model, Outcome, Projects, Untargeted, Victim, Watch
+from epsball.core import Aimed, AttackLike, Drop, Goal, Key, Model, Outcome, Projects, Untargeted, Victim, Watch
 from epsball.core.attack import recipe
+from epsball.core.problem import ends
 from epsball.core.rows import take
 from epsball.core.victim import Tally
 from epsball.errors import BadInput
@@ -122,7 +123,7 @@ class Nearest:
         seed: int | Key = 0,
         *,
         clean: Tensor | None = None,
-        drop: bool = True,
+        drop: Drop = True,
         watch: Watch | None = None,
     ) -> Outcome:
         """As `Attack.__call__`; `radius` is the largest change of interest, None all that the box allows."""
@@ -133,6 +134,7 @@ class Nearest:
             rows = (~whole.reached & ~whole.flags["invalid"]).nonzero().squeeze(1)
             if not len(rows):
                 return whole
+            drop = ends(drop)
             part, begun = case.take(rows), replace(nothing(case.take(rows), threat, 1), queries=torch.zeros_like(rows.cpu()))
             found = self._near(part, begun, drop, watch)
             for number, walk in enumerate(self.walks):
@@ -176,7 +178,7 @@ class Counted:
         seed: int | Key = 0,
         *,
         clean: Tensor | None = None,
-        drop: bool = True,
+        drop: Drop = True,
         watch: Watch | None = None,
     ) -> Outcome:
         """As `Attack.__call__`; successes of more than `radius` pixels come back as failures."""

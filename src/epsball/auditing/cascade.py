@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from epsball.auditing.checks import FINAL_CHECKS, ROUND_CHECKS, Scene, attack_row, effort_suffices, queries_suffice, told_once
-from epsball.auditing.plan import Stage, black_box, by_chance, plan, smooth, through_twins
+from epsball.auditing.plan import Stage, allowed, black_box, by_chance, plan, smooth, through_twins
 from epsball.auditing.referee import Referee
 from epsball.auditing.results import Flag
 from epsball.auditing.sheet import Round, Sheet
@@ -138,7 +138,9 @@ def attack_round(
     rows = (standing & (hits.near <= stage.near)).nonzero().squeeze(1)
     if not len(rows) or (stage.pays and not worth(current, stage)):
         return rows[:0]
-    attack = stage.suited(hits.near[rows], int(standing.sum()), sum(row.backwards for row in current.attacks))
+    stands = int(standing.sum())
+    left = allowed(stands, int(sheet.correct.sum()) - stands) - sum(row.backwards for row in current.attacks)
+    attack = stage.suited(hits.near[rows], left)
     if attack is None:
         return rows[:0]
     started = time.perf_counter()

@@ -30,6 +30,7 @@ from epsball.attacks import (
 )
 from epsball.attacks.blackbox import searches
 from epsball.attacks.combine import Restarts, restarted
+from epsball.attacks.targets import malt
 from epsball.core import Access, Attack, AttackLike, Descent, Fading, Halving, Momentum, Near, Objective, Projects, Steepest, Victim, chain
 from epsball.errors import BadInput
 from epsball.objectives import cross_entropy, margin
@@ -37,12 +38,14 @@ from epsball.threats import L0, L1, L2, Color, Flow, Linf, Patch, Rigid
 
 EFFORTS = ("fast", "default", "max")
 _STEPS = {"fast": 10, "default": 40, "max": 100}
-NEAR, VERY_NEAR = 0.15, 0.04
-"""Shares of the clean margin that searches must have come down to for one more walk, and for many, to be worth their rows."""
-_BALLS, _SHORT = (8.0, 4.0, 2.0, 1.0), (6.0, 2.0, 1.3, 1.0)
+NEAR, NEARER, VERY_NEAR = 0.15, 0.1, 0.04
+"""Shares of the clean margin that searches must have come down to for more starts, for one more walk, and for many, to be worth their
+rows."""
+_BALLS, SHORT = (8.0, 4.0, 2.0, 1.0), (6.0, 2.0, 1.3, 1.0)
 """In budgets: the balls of long and short `from_larger`. Who finds nothing in the ball of 1.3 is given up before the last."""
-_FILL = 205
-"""Rows with a gradient for each sample that stands, up to which searches under L1 go on; AutoAttack takes some 2,000 of them."""
+_STANDS, _BROKEN = 187, 15
+"""Rows with a gradient, for each sample that stands and that broke, up to which searches under L1 go on. AutoAttack takes ten times
+as many: some 1,900 and 150 to 250."""
 QUERIES = {"fast": 300, "default": 2000, "max": 10000}
 """Most rows per sample and radius that searches without gradients ask."""
 
@@ -54,9 +57,9 @@ class Stage:
     `victim` is what it looks at where that is not the model itself; `keep` goes on with samples that seem broken, for a random model's
     answer may have been luck; `beyond` marks what does not follow the model's own gradients although it has some;
     `near` leaves out samples whose best margin so far is more than this share of the clean one; `nearer`, for `Restarts`, a smaller
-    share and a number, gives those beyond that share only so many of the runs; `fill`, for `Restarts`, gives as many runs as fit: the
-    rows with a gradient that a round may come to for each sample that stands, and those of one run; `pays` leaves out the whole stage
-    where the attack before broke less than this share of those it tried.
+    share and a number, gives those beyond that share only so many of the runs; `fill`, for `Restarts`, the rows with a gradient of one
+    run, gives as many runs as the round has rows for (`allowed`); `pays` leaves out the whole stage where the attack before broke less
+    than this share of those it tried.
     """
 
     attack: AttackLike
@@ -66,25 +69,29 @@ class Stage:
     beyond: bool = False
     near: float = 1.0
     nearer: tuple[float, int] | None = None
-    fill: tuple[int, int] | None = None
+    fill: int = 0
     pays: float = 0.0
 
-    def suited(self, near: Tensor, standing: int, spent: int) -> AttackLike | None:
+    def suited(self, near: Tensor, left: int) -> AttackLike | None:
         """The attack for samples that came down to `near` (B,) of their clean margins; None where no run fits.
 
         Args:
-            near: of the samples to be searched. standing: samples of the round that stand. spent: its rows with a gradient so far.
+            near: of the samples to be searched. left: rows with a gradient that the round may still spend.
         """
-        if self.nearer is None and self.fill is None:
+        if self.nearer is None and not self.fill:
             return self.attack
         assert isinstance(self.attack, Restarts)
         runs = torch.full_like(near, self.attack.count, dtype=torch.int64)
         if self.nearer is not None:
             runs = torch.where(near <= self.nearer[0], runs, self.nearer[1])
-        if self.fill is not None:
-            most, each = self.fill
-            runs = runs.clamp(max=max((most * standing - spent) // (each * len(near)), 0))
+        if self.fill:
+            runs = runs.clamp(max=max(left // (self.fill * len(near)), 0))
         return replace(self.attack, abreast=runs) if bool(runs.any()) else None
+
+
+def allowed(standing: int, broken: int) -> int:
+    """Rows with a gradient that a round may come to where some fill what is left."""
+    return _STANDS * standing + _BROKEN * broken
 
 
 def plan(threat: Projects, effort: str, *, classes: int, single_label: bool, gradients: bool) -> tuple[Stage, ...]:
@@ -104,7 +111,8 @@ def plan(threat: Projects, effort: str, *, classes: int, single_label: bool, gra
     if not gradients:
         blind = [Stage(noise(100 * draws, threat=threat), 50 * draws)]
         return (*blind, _grid(threat, level)) if isinstance(threat, Rigid) else tuple(blind)
-    stages = [Stage(pgd(10, threat=threat, objective=margin), 10), Stage(noise(draws, threat=threat), draws // 2)]
+    cheap = Stage(vertices(20, threat), 20) if isinstance(threat, L1) else Stage(pgd(10, threat=threat, objective=margin), 10)
+    stages = [cheap, Stage(noise(draws, threat=threat), draws // 2)]
     if isinstance(threat, L0):
         return (*stages, *_pixels(threat, effort))
     if isinstance(threat, Rigid):
@@ -212,8 +220,9 @@ def _norms(threat: Projects, effort: str, classes: int) -> Iterator[Stage]:
     if effort == "default":
         yield from _default(threat, classes)
     elif effort == "fast" and isinstance(threat, L1):
-        yield Stage(vertices(20, threat), 20)
-        yield Stage(Restarts(vertices(20, threat), 3, first=1, abreast=True), 45)
+        yield _runs(vertices(20, threat), 1, 1)
+        yield _tours(threat, 2, classes)
+        yield _walks(threat, 30, 1, far=3, rounds=2)
     elif effort == "fast":
         yield _aimed(threat, 10, 1, targets, classes)
         yield _walks(threat, 30, 1, far=3, rounds=2)
@@ -224,51 +233,74 @@ def _norms(threat: Projects, effort: str, classes: int) -> Iterator[Stage]:
         if isinstance(threat, L1):
             yield _walks(threat, 60, 3, far=3, rounds=2)
             yield Stage(from_larger(100, 5, threat=threat, objective=margin, scales=_BALLS), 500)
-            yield Stage(Restarts(vertices(20, threat), 40, abreast=True), 600)
-            yield Stage(Restarts(vertices(60, threat), 5, abreast=True), 300)
+            yield _runs(vertices(20, threat), 1, 40)
+            yield _runs(vertices(60, threat), 41, 5)
         yield from _long(threat, classes)
 
 
 def _default(threat: Projects, classes: int) -> Iterator[Stage]:
     """Under Linf twenty steps toward each of the three nearest classes break what a hundred toward nine do, but for 1 or 2 of 100
-    samples. What they miss, other starts find, not more steps: where a search ends hangs on where it starts. Under L2 these are walks
-    from far away inward, which break what nothing from near by does. More starts pay only for samples that came near: of the 6 that
-    restarts broke under Linf on six networks (3 seeds, n 100 each) the farthest had come down to 0.172 of the clean margin, and of
-    the 10 that the last walks broke under Linf and L2 all but one to 0.03. Walks of 40 steps leave 1 or 2 of 74 under Linf that ones of
-    60 break (TRADES on MNIST, 4 seeds); under L2 more short ones break as many. Where walks under Linf break many of those
-    (networks whose gradients mislead), twenty steps toward every class break some more.
+    samples. What they miss, other starts find, and another loss; few only more steps. More starts pay only for samples that came
+    near: of the 6 that restarts broke under Linf on six networks (3 seeds, n 100 each) the farthest had come down to 0.172 of the
+    clean margin, and of the 10 that the last walks broke under Linf and L2 all but one to 0.03. Walks of 40 steps leave 1 or 2 of 74
+    under Linf that ones of 60 break (TRADES on MNIST, 4 seeds). Where walks under Linf break many of those (networks whose gradients
+    mislead), twenty steps toward every class break some more. Under L2 a walk from far away breaks what nothing from near by does,
+    on such networks; one each shows whether more pay.
     """
     if isinstance(threat, L1):
-        yield from _sparse(threat)
+        yield from _sparse(threat, classes)
         return
+    yield _aimed(threat, 20, 3, 3, classes)
     if isinstance(threat, Linf):
-        yield _aimed(threat, 20, 3, 3, classes)
-        again = restarted(apgd(20, threat=threat, objective=margin), 4, abreast=True)
-        yield Stage(again, 80, near=0.3, nearer=(NEAR, 2))
-        yield replace(_walks(threat, 60, 6, far=3, rounds=2), near=NEAR, nearer=(VERY_NEAR, 1))
+        for loss in (margin, cross_entropy):
+            again = restarted(apgd(20, threat=threat, objective=loss), 2, abreast=True)
+            yield Stage(again, 40, near=0.3, nearer=(NEAR, 1))
+        yield replace(_aimed(threat, 40, 3, 1, classes), near=NEARER)
+        yield replace(_walks(threat, 60, 5, far=3, rounds=2), near=NEARER, nearer=(VERY_NEAR, 1))
         yield replace(_aimed(threat, 20, 3, 9, classes), near=NEAR, pays=0.1)
     else:
-        yield _aimed(threat, 20, 3, 2, classes)
-        yield replace(_walks(threat, 30, 3, far=3, rounds=2), nearer=(0.4, 2))
-        yield replace(_walks(threat, 40, 9, far=3, rounds=2), near=NEAR, nearer=(VERY_NEAR, 1))
+        yield from _tried(_walks(threat, 30, 1, far=3, rounds=2), 2)
+        yield replace(_runs(outside_in(40, threat, far=3, rounds=2), 3, 9), near=NEARER, nearer=(0.03, 1))
 
 
-def _sparse(threat: L1) -> Iterator[Stage]:
+def _tried(stage: Stage, count: int) -> tuple[Stage, Stage]:
+    """One run, and `count` more where it broke many."""
+    return stage, replace(_runs(stage.attack, 1, count), pays=0.05)
+
+
+def _sparse(threat: L1, classes: int) -> Iterator[Stage]:
     """Under L1 many short searches from larger balls, for the right sparsity has to be found, and where a search ends hangs on luck.
 
-    Nothing breaks more for its rows than runs of 20 looks that end early where a larger ball holds nothing
-    (`benchmarks/l1_starts.py`): not longer ones, nor ones aimed at the nearest classes, nor walks inward. `vertices` and `from_larger`
-    find different things. Samples that came near get more and longer runs; what still falls then is anywhere, so that rows that are
-    left go to all that stand, in several stages, for runs that end early leave room for others.
+    None is best everywhere (`benchmarks/l1_starts.py`), so there are several kinds. Runs of 20 looks that end early where a larger
+    ball holds nothing are worth most rows on most networks; aimed at the three nearest classes they break what no other run does on
+    some. Where gradients mislead near the clean input a walk inward breaks what all of them leave: one each shows whether more pay.
+    Samples that came near get more and longer runs; what still falls then is anywhere, so that rows that are left go to all that
+    stand, in several stages, for runs that end early leave room for others.
     """
-    short, other = vertices(20, threat), from_larger(20, threat=threat, objective=margin, scales=_SHORT)
-    yield Stage(short, 20)
-    yield Stage(Restarts(short, 5, first=1, abreast=True), 75)
-    yield Stage(Restarts(other, 3, abreast=True), 45)
-    yield Stage(Restarts(vertices(30, threat), 8, first=6, abreast=True), 240, near=0.15, nearer=(0.05, 3))
+    tour = vertices(20, threat)
+    balls, others = (from_larger(20, threat=threat, objective=loss, scales=SHORT) for loss in (margin, cross_entropy))
+    yield _runs(tour, 1, 2)
+    yield Stage(balls, 20)
+    yield _runs(others, 1, 1)
+    yield _tours(threat, 33, classes)
+    yield _runs(tour, 3, 2)
+    yield from _tried(_walks(threat, 30, 1, far=3, rounds=2), 5)
+    yield replace(_runs(vertices(30, threat), 5, 8, fill=18), near=NEAR, nearer=(0.05, 3))
     for turn in range(2):
-        yield Stage(Restarts(short, 10, first=14 + 10 * turn, abreast=True), 150, fill=(_FILL, 15))
-        yield Stage(Restarts(other, 4, first=3 + 4 * turn, abreast=True), 60, fill=(_FILL, 15))
+        yield _runs(tour, 13 + 10 * turn, 10, fill=15)
+        yield _runs(balls, 2 + 4 * turn, 4, fill=15)
+
+
+def _tours(threat: L1, first: int, classes: int) -> Stage:
+    """`vertices` at each of the three nearest classes, or three runs from number `first` on where nothing can be aimed at."""
+    if not classes:
+        return _runs(vertices(20, threat), first, 3)
+    return Stage(EveryTarget(vertices(20, threat), min(3, classes - 1), malt, name="vertices_t", abreast=True), 60)
+
+
+def _runs(search: AttackLike, first: int, count: int, fill: int = 0) -> Stage:
+    """Runs of a search of 20 to 60 looks, from the one of number `first` on, side by side."""
+    return Stage(Restarts(search, count, first=first, abreast=True), 40 * count, fill=fill)
 
 
 def _long(threat: Projects, classes: int) -> Iterator[Stage]:

@@ -5,7 +5,7 @@ from epsball.core.descent import Descent, Strategy
 from epsball.core.goal import Aimed, Goal, LabelsChanged, Targeted, Untargeted, as_goal, valid
 from epsball.core.gradient import Gradient, autograd
 from epsball.core.outcome import Outcome
-from epsball.core.problem import Objective, Problem, Reading, Watch
+from epsball.core.problem import Drop, Objective, Problem, Reading, Watch
 from epsball.core.random import Key, content_ids
 from epsball.core.rule import Chain, Momentum, Rule, Steepest, Unit, chain
 from epsball.core.run import run
@@ -21,6 +21,7 @@ __all__ = [
     "AttackLike",
     "Chain",
     "Descent",
+    "Drop",
     "Eot",
     "Fading",
     "Fixed",

@@ -13,7 +13,7 @@ from torch import Tensor
 from epsball.core.descent import Strategy
 from epsball.core.goal import Goal, LabelsChanged, as_goal
 from epsball.core.outcome import Outcome
-from epsball.core.problem import Objective, Problem, Watch
+from epsball.core.problem import Drop, Objective, Problem, Watch
 from epsball.core.random import Key, content_ids
 from epsball.core.rows import moved
 from epsball.core.run import run
@@ -44,7 +44,7 @@ class AttackLike(Protocol):
         seed: int | Key = 0,
         *,
         clean: Tensor | None = None,
-        drop: bool = True,
+        drop: Drop = True,
         watch: Watch | None = None,
     ) -> Outcome:
         """See `Attack.__call__`."""
@@ -79,7 +79,7 @@ class Attack:
         seed: int | Key = 0,
         *,
         clean: Tensor | None = None,
-        drop: bool = True,
+        drop: Drop = True,
         watch: Watch | None = None,
     ) -> Outcome:
         """Attacks a batch.
@@ -91,7 +91,8 @@ class Attack:
             radius: budget in the threat's unit, one number or (B,).
             seed: the run's seed, or a key below it.
             clean: the model's outputs for `x`, where they are known; they are not asked for again.
-            drop: stop working on a sample once its goal is reached.
+            drop: stop working on a sample once its goal is reached; whole numbers (B,): on every row of its number, for these are runs
+                at one sample, and one success is enough. Attacks made of attacks take them for True.
             watch: progress callback.
 
         Raises:
@@ -102,7 +103,7 @@ class Attack:
         victim, goal = Victim.of(model), as_goal(goal)
         with victim:
             problem = pose(self, victim, x, goal, radius, Key.of(seed).fold(self.name), clean)
-            return run(problem, self.strategy, self.steps, smallest=self.smallest, drop=drop, watch=watch)
+            return run(problem, self.strategy, self.steps, smallest=self.smallest, drop=moved(drop, victim.device), watch=watch)
 
     def __repr__(self) -> str:
         return recipe(self)

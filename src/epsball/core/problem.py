@@ -81,6 +81,15 @@ class Problem:
             return Reading(z, x_adv, output, self.objective(self, z, x_adv, output))
 
 
+Drop = bool | Tensor
+"""Whether a search ends once its goal is reached; (B,) whole numbers: rows of one number are runs at one sample, which end together."""
+
+
+def ends(drop: Drop) -> bool:
+    """Whether searches end at their goals, whoever else ends with them."""
+    return isinstance(drop, Tensor) or bool(drop)
+
+
 Watch = Callable[[int, int, int], Any]
 """(step, steps, samples still under attack): called by `run` once a step, for progress."""
 

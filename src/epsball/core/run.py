@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from epsball.core.descent import Strategy
 from epsball.core.outcome import Best, Outcome
-from epsball.core.problem import Problem, Watch, same_rows
+from epsball.core.problem import Drop, Problem, Watch, ends, same_rows
 from epsball.core.rows import take
 
 
 def run(
-    problem: Problem, strategy: Strategy, steps: int, *, smallest: bool = False, drop: bool = True, watch: Watch | None = None
+    problem: Problem, strategy: Strategy, steps: int, *, smallest: bool = False, drop: Drop = True, watch: Watch | None = None
 ) -> Outcome:
     """Runs a strategy for at most `steps` moves.
 
@@ -20,7 +21,8 @@ def run(
     Args:
         problem: the batch (B). strategy: how to search. steps: moves allowed.
         smallest: rank successes by size instead of score, and go on after the first.
-        drop: take a sample out of the batch once its goal is reached (never in a search for the smallest change).
+        drop: take a sample out of the batch once its goal is reached (never in a search for the smallest change); whole numbers (B,) take
+            out every row of its number.
         watch: called with (step, steps, samples left) once a step.
 
     A sample also leaves the batch when its strategy says that its search is over.
@@ -39,7 +41,9 @@ def run(
                 watch(step, steps, len(alive))
             reading, state = strategy.step(part, state)
             done = best.update(alive, part, reading)
-            gone = done if drop and not smallest else torch.zeros_like(done)
+            gone = done if ends(drop) and not smallest else torch.zeros_like(done)
+            if isinstance(drop, Tensor) and bool(gone.any()):
+                gone = torch.isin(drop[alive], drop[alive[gone]])
             gone = gone if reading.over is None else gone | reading.over
             if bool(gone.any()):
                 keep = ~gone

@@ -179,7 +179,7 @@ def icon(index: int) -> str:
 
 
 def bars(
-    ident: str, title: str, description: str, rows: Sequence[Bar], index: int, widths: tuple[float, float, float] = (92.0, 210.0, 128.0)
+    ident: str, title: str, description: str, rows: Sequence[Bar], index: int, widths: tuple[float, float, float] = (92.0, 206.0, 134.0)
 ) -> str:
     """Horizontal bars from 0 to 100 % with intervals; the model's color, or gray for muted bars.
 
@@ -210,6 +210,6 @@ def _bar(bar: Bar, index: int, y: float, left: float, span: float) -> str:
     if bar.tick is not None:
         x = left + min(1.0, max(0.0, bar.tick)) * span
         parts.append(f'<line x1="{x:.1f}" x2="{x:.1f}" y1="{y - 9:.1f}" y2="{y + 9:.1f}" class="goal"/>')
-    parts.append(_text(left + span + 56, y + 4, percent(bar.value), "number", "end"))
-    parts.append(_text(left + span + 63, y + 4, bar.note, "small"))
+    parts.append(_text(left + span + 60, y + 4, percent(bar.value), "number", "end"))
+    parts.append(_text(left + span + 67, y + 4, bar.note, "small"))
     return "".join(parts)
