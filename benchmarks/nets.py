@@ -1,7 +1,7 @@
 """The small networks that the benchmarks attack, and how they were trained. Weights are kept in benchmarks/cache (not tracked).
 
-`python benchmarks/nets.py NAME` trains one (`RECIPES`): seconds on digits, minutes for the normal ones on MNIST and CIFAR-10, up to an
-hour of one core for the robust ones there. Needs EPSBALL_DATA.
+`python benchmarks/nets.py NAME` trains one (`RECIPES`): up to two minutes on digits, minutes for the normal ones on MNIST and CIFAR-10,
+up to an hour of one core for the robust ones there. Needs EPSBALL_DATA.
 """
 
 from __future__ import annotations

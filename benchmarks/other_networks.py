@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from statistics import mean
 
 import torch
+from torch import Tensor, nn
 
 import nets
 from auto_attack import OFFICIAL, Case, Run, below, kept, official, place, sample, searched, source
@@ -30,13 +30,13 @@ NAMES = (*KNOWN, *FRESH)
 LEFT = 0.6
 
 
-def radius(case: Case) -> str:
+def radius(net: nn.Module, x: Tensor, y: Tensor, norm: str) -> str:
     """Where PGD leaves `LEFT`, by bisection of the logarithm."""
-    attack, victim = pgd(20, threat=named(case.norm)), Victim(case.net)
+    attack, victim = pgd(20, threat=named(norm)), Victim(net)
     low, high = 1e-3, 1e2
     while high / low > 1.005:
         middle = (low * high) ** 0.5
-        stands = 1 - attack(victim, case.x, case.y, middle, 0).reached.double().mean().item()
+        stands = 1 - attack(victim, x, y, middle, 0).reached.double().mean().item()
         low, high = (middle, high) if stands > LEFT else (low, middle)
     return f"{high:.2g}"
 
@@ -50,8 +50,7 @@ def cases(n: int, words: list[str]) -> Iterator[Case]:
         net = nets.trained(name).requires_grad_(False)
         x, y = sample(name, net, n, 0)
         for norm in wanted:
-            case = Case(name, net, x, y, norm, "")
-            yield replace(case, text=radius(case))
+            yield Case(name, net, x, y, norm, radius(net, x, y, norm))
 
 
 def ran(case: Case, rivals: list[int], seeds: list[int]) -> tuple[list[Run], list[Run]]:
@@ -90,8 +89,8 @@ def main() -> None:
         f"one thread, torch {torch.__version__.split('+')[0]}. As autoattack.md; the radius is that at which 20 steps of PGD on",
         "cross-entropy leave 60 % standing. Standing of n right test images, seed by seed and in the mean; the share of AutoAttack's",
         "gradient rows, forward rows and CPU seconds that the audit's default search takes, in the mean (measured at different times,",
-        f"beside other work). At {', '.join(FRESH)} nobody looked before the plan was finished; with the others in view it was",
-        "mended.",
+        "beside other work). At these nobody looked before the plan was finished; with the others in view it was mended:",
+        f"{', '.join(FRESH)}.",
         "",
         "| case | n | AutoAttack | mean | audit | mean | gradient rows | forward rows | CPU |",
         "|---|---|---|---|---|---|---|---|---|",

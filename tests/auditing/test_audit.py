@@ -14,10 +14,11 @@ from torch import Tensor, nn
 
 import epsball as eb
 from epsball.attacks import EveryTarget, Restarts
+from epsball.attacks.inward import OutsideIn
 from epsball.auditing.cascade import Tick, attack_round, cascade
 from epsball.auditing.checks import Scene, losses_agree
 from epsball.auditing.cost import Estimate
-from epsball.auditing.plan import EFFORTS, Stage, allowed, default_threats, plan
+from epsball.auditing.plan import EFFORTS, Stage, default_threats, plan, row_budget
 from epsball.auditing.results import AttackRow, Report
 from epsball.auditing.run import Plan, prepare
 from epsball.auditing.sheet import Subject
@@ -480,8 +481,21 @@ def test_a_stage_that_fills_runs_as_often_as_fits(spent: int, runs: int | None) 
 
 
 def test_a_round_may_spend_on_who_stands_more_than_on_who_broke() -> None:
-    assert allowed(3, 5) == 3 * allowed(1, 0) + 5 * allowed(0, 1)
-    assert allowed(1, 0) > 5 * allowed(0, 1) > 0
+    assert row_budget(3, 5) == 3 * row_budget(1, 0) + 5 * row_budget(0, 1)
+    assert row_budget(1, 0) > 5 * row_budget(0, 1) > 0
+
+
+@pytest.mark.parametrize("effort", EFFORTS)
+@pytest.mark.parametrize("norm", ["linf", "l2", "l1"])
+def test_no_search_looks_more_often_than_its_stage_says(norm: str, effort: str) -> None:
+    """For the estimate of time counts samples that never break."""
+    for stage in plan(named(norm), effort, classes=10, single_label=True, gradients=True):
+        attack, runs = stage.attack, 1
+        while isinstance(attack, Restarts | EveryTarget):
+            attack, runs = attack.attack, runs * attack.count
+        assert isinstance(attack, Attack | OutsideIn)
+        looks = attack.steps + (attack.far.attack.steps * (attack.far.rounds + 1) if isinstance(attack, OutsideIn) else 0)
+        assert attack.name == "noise" or runs * looks <= stage.rows, attack
 
 
 @pytest.mark.parametrize(("broken", "asked"), [(0, False), (1, False), (2, True)])

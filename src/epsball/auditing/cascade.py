@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from epsball.auditing.checks import FINAL_CHECKS, ROUND_CHECKS, Scene, attack_row, effort_suffices, queries_suffice, told_once
-from epsball.auditing.plan import Stage, allowed, black_box, by_chance, plan, smooth, through_twins
+from epsball.auditing.plan import Stage, black_box, by_chance, plan, row_budget, smooth, through_twins
 from epsball.auditing.referee import Referee
 from epsball.auditing.results import Flag
 from epsball.auditing.sheet import Round, Sheet
@@ -139,7 +139,7 @@ def attack_round(
     if not len(rows) or (stage.pays and not worth(current, stage)):
         return rows[:0]
     stands = int(standing.sum())
-    left = allowed(stands, int(sheet.correct.sum()) - stands) - sum(row.backwards for row in current.attacks)
+    left = row_budget(stands, int(sheet.correct.sum()) - stands) - sum(row.backwards for row in current.attacks)
     attack = stage.suited(hits.near[rows], left)
     if attack is None:
         return rows[:0]

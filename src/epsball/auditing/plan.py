@@ -58,7 +58,7 @@ class Stage:
     answer may have been luck; `beyond` marks what does not follow the model's own gradients although it has some;
     `near` leaves out samples whose best margin so far is more than this share of the clean one; `nearer`, for `Restarts`, a smaller
     share and a number, gives those beyond that share only so many of the runs; `fill`, for `Restarts`, the rows with a gradient of one
-    run, gives as many runs as the round has rows for (`allowed`); `pays` leaves out the whole stage where the attack before broke less
+    run, gives as many runs as the round has rows for (`row_budget`); `pays` leaves out the whole stage where the attack before broke less
     than this share of those it tried.
     """
 
@@ -89,7 +89,7 @@ class Stage:
         return replace(self.attack, abreast=runs) if bool(runs.any()) else None
 
 
-def allowed(standing: int, broken: int) -> int:
+def row_budget(standing: int, broken: int) -> int:
     """Rows with a gradient that a round may come to where some fill what is left."""
     return _STANDS * standing + _BROKEN * broken
 
@@ -220,7 +220,7 @@ def _norms(threat: Projects, effort: str, classes: int) -> Iterator[Stage]:
     if effort == "default":
         yield from _default(threat, classes)
     elif effort == "fast" and isinstance(threat, L1):
-        yield _runs(vertices(20, threat), 1, 1)
+        yield _runs(vertices(20, threat), 20, 1, 1)
         yield _tours(threat, 2, classes)
         yield _walks(threat, 30, 1, far=3, rounds=2)
     elif effort == "fast":
@@ -233,19 +233,16 @@ def _norms(threat: Projects, effort: str, classes: int) -> Iterator[Stage]:
         if isinstance(threat, L1):
             yield _walks(threat, 60, 3, far=3, rounds=2)
             yield Stage(from_larger(100, 5, threat=threat, objective=margin, scales=_BALLS), 500)
-            yield _runs(vertices(20, threat), 1, 40)
-            yield _runs(vertices(60, threat), 41, 5)
+            yield _runs(vertices(20, threat), 20, 1, 40)
+            yield _runs(vertices(60, threat), 60, 41, 5)
         yield from _long(threat, classes)
 
 
 def _default(threat: Projects, classes: int) -> Iterator[Stage]:
     """Under Linf twenty steps toward each of the three nearest classes break what a hundred toward nine do, but for 1 or 2 of 100
     samples. What they miss, other starts find, and another loss; few only more steps. More starts pay only for samples that came
-    near: of the 6 that restarts broke under Linf on six networks (3 seeds, n 100 each) the farthest had come down to 0.172 of the
-    clean margin, and of the 10 that the last walks broke under Linf and L2 all but one to 0.03. Walks of 40 steps leave 1 or 2 of 74
-    under Linf that ones of 60 break (TRADES on MNIST, 4 seeds). Where walks under Linf break many of those (networks whose gradients
-    mislead), twenty steps toward every class break some more. Under L2 a walk from far away breaks what nothing from near by does,
-    on such networks; one each shows whether more pay.
+    near. Where walks under Linf break many of those (networks whose gradients mislead), twenty steps toward every class break some
+    more. Under L2 a walk from far away breaks what nothing from near by does, on such networks; one each shows whether more pay.
     """
     if isinstance(threat, L1):
         yield from _sparse(threat, classes)
@@ -259,48 +256,49 @@ def _default(threat: Projects, classes: int) -> Iterator[Stage]:
         yield replace(_walks(threat, 60, 5, far=3, rounds=2), near=NEARER, nearer=(VERY_NEAR, 1))
         yield replace(_aimed(threat, 20, 3, 9, classes), near=NEAR, pays=0.1)
     else:
-        yield from _tried(_walks(threat, 30, 1, far=3, rounds=2), 2)
-        yield replace(_runs(outside_in(40, threat, far=3, rounds=2), 3, 9), near=NEARER, nearer=(0.03, 1))
+        yield from _if_it_pays(_walks(threat, 30, 1, far=3, rounds=2), 2)
+        yield replace(_runs(outside_in(40, threat, far=3, rounds=2), 49, 3, 9), near=NEARER, nearer=(0.03, 1))
 
 
-def _tried(stage: Stage, count: int) -> tuple[Stage, Stage]:
-    """One run, and `count` more where it broke many."""
-    return stage, replace(_runs(stage.attack, 1, count), pays=0.05)
+def _if_it_pays(one: Stage, more: int) -> tuple[Stage, Stage]:
+    """One run, and more of it where that broke a twentieth of those it tried."""
+    return one, replace(_runs(one.attack, one.rows, 1, more), pays=0.05)
 
 
 def _sparse(threat: L1, classes: int) -> Iterator[Stage]:
     """Under L1 many short searches from larger balls, for the right sparsity has to be found, and where a search ends hangs on luck.
 
     None is best everywhere (`benchmarks/l1_starts.py`), so there are several kinds. Runs of 20 looks that end early where a larger
-    ball holds nothing are worth most rows on most networks; aimed at the three nearest classes they break what no other run does on
-    some. Where gradients mislead near the clean input a walk inward breaks what all of them leave: one each shows whether more pay.
-    Samples that came near get more and longer runs; what still falls then is anywhere, so that rows that are left go to all that
-    stand, in several stages, for runs that end early leave room for others.
+    ball holds nothing break more for their rows than longer ones on most networks; on some they do so aimed at the three nearest
+    classes, although each costs three. Where gradients mislead near the clean input a walk inward breaks what all of them leave: one
+    each shows whether more pay. Samples that came near get more and longer runs; what still falls then is anywhere, so that rows that
+    are left go to all that stand, in several stages, for runs that end early leave room for others.
     """
     tour = vertices(20, threat)
-    balls, others = (from_larger(20, threat=threat, objective=loss, scales=SHORT) for loss in (margin, cross_entropy))
-    yield _runs(tour, 1, 2)
-    yield Stage(balls, 20)
-    yield _runs(others, 1, 1)
+    by_margin, by_entropy = (from_larger(20, threat=threat, objective=loss, scales=SHORT) for loss in (margin, cross_entropy))
+    yield _runs(tour, 20, 1, 2)
+    yield Stage(by_margin, 20)
+    yield _runs(by_entropy, 20, 1, 1)
     yield _tours(threat, 33, classes)
-    yield _runs(tour, 3, 2)
-    yield from _tried(_walks(threat, 30, 1, far=3, rounds=2), 5)
-    yield replace(_runs(vertices(30, threat), 5, 8, fill=18), near=NEAR, nearer=(0.05, 3))
+    yield _runs(tour, 20, 3, 2)
+    yield from _if_it_pays(_walks(threat, 30, 1, far=3, rounds=2), 5)
+    yield replace(_runs(vertices(30, threat), 30, 5, 8, fill=18), near=NEAR, nearer=(0.05, 3))
     for turn in range(2):
-        yield _runs(tour, 13 + 10 * turn, 10, fill=15)
-        yield _runs(balls, 2 + 4 * turn, 4, fill=15)
+        yield _runs(tour, 20, 13 + 10 * turn, 10, fill=15)
+        yield _runs(by_margin, 20, 2 + 4 * turn, 4, fill=15)
 
 
 def _tours(threat: L1, first: int, classes: int) -> Stage:
     """`vertices` at each of the three nearest classes, or three runs from number `first` on where nothing can be aimed at."""
     if not classes:
-        return _runs(vertices(20, threat), first, 3)
-    return Stage(EveryTarget(vertices(20, threat), min(3, classes - 1), malt, name="vertices_t", abreast=True), 60)
+        return _runs(vertices(20, threat), 20, first, 3)
+    count = min(3, classes - 1)
+    return Stage(EveryTarget(vertices(20, threat), count, malt, name="vertices_t", abreast=True), 20 * count + count + 4)
 
 
-def _runs(search: AttackLike, first: int, count: int, fill: int = 0) -> Stage:
-    """Runs of a search of 20 to 60 looks, from the one of number `first` on, side by side."""
-    return Stage(Restarts(search, count, first=first, abreast=True), 40 * count, fill=fill)
+def _runs(search: AttackLike, rows: int, first: int, count: int, fill: int = 0) -> Stage:
+    """Runs of a search, each of at most so many rows, from the one of number `first` on, side by side."""
+    return Stage(Restarts(search, count, first=first, abreast=True), rows * count, fill=fill)
 
 
 def _long(threat: Projects, classes: int) -> Iterator[Stage]:
