@@ -24,8 +24,11 @@ from epsball.core import Victim
 from epsball.threats import named
 
 PAGE = Path(__file__).parent / "results" / "other_networks.md"
-KNOWN = ("digits-mlp", "digits-residual", "digits-gelu-l2", "digits-attention-linf", "mnist-pooled", "mnist-mlp-linf", "mnist-pooled-l2")
-FRESH = ("digits-tanh-linf", "digits-wide-linf", "digits-gelu-l1", "mnist-average")
+KNOWN = (
+    *("digits-mlp", "digits-residual", "digits-gelu-l2", "digits-attention-linf", "mnist-pooled", "mnist-mlp-linf", "mnist-pooled-l2"),
+    *("digits-tanh-linf", "digits-wide-linf", "digits-gelu-l1", "mnist-average"),
+)
+FRESH = ("digits-residual-l2", "digits-attention", "mnist-average-l1")
 NAMES = (*KNOWN, *FRESH)
 LEFT = 0.6
 

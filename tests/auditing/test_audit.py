@@ -15,6 +15,7 @@ from torch import Tensor, nn
 import epsball as eb
 from epsball.attacks import EveryTarget, Restarts
 from epsball.attacks.inward import OutsideIn
+from epsball.attacks.vertices import Vertices
 from epsball.auditing.cascade import Tick, attack_round, cascade
 from epsball.auditing.checks import Scene, losses_agree
 from epsball.auditing.cost import Estimate
@@ -26,7 +27,7 @@ from epsball.core import Attack
 from epsball.errors import BadInput
 from epsball.models import wrap
 from epsball.models.digits import load
-from epsball.objectives import cross_entropy, margin
+from epsball.objectives import cross_entropy, dlr, margin
 from epsball.store import evidence
 from epsball.threats import named, parse_threat
 
@@ -443,12 +444,25 @@ def test_under_l1_no_start_comes_twice(effort: str, single: bool) -> None:
     assert {"vertices", "outside_in"} <= set(starts)
 
 
-@pytest.mark.parametrize("norm", ["l2", "l1"])
-def test_one_walk_shows_whether_more_pay(norm: str) -> None:
+@pytest.mark.parametrize("single", [True, False])
+def test_under_l1_there_are_runs_from_small_and_large_balls_on_several_losses(single: bool) -> None:
+    """DLR ranks the classes of one label; elsewhere the margin stands in."""
+    kinds = set()
+    for stage in plan(named("l1"), "default", classes=10, single_label=single, gradients=True):
+        inner = stage.attack.attack if isinstance(stage.attack, Restarts) else stage.attack
+        if isinstance(inner, Attack) and isinstance(inner.strategy, Vertices) and inner.steps == 20:
+            kinds.add((inner.strategy.first, inner.objective))
+    turn = {((3.0, 3.0), dlr if single else margin), ((3.0, 3.0), cross_entropy), ((60.0, 60.0), margin), ((30.0, 30.0), cross_entropy)}
+    assert turn <= kinds
+
+
+@pytest.mark.parametrize(("norm", "times"), [("l2", 1), ("l1", 4)])
+def test_one_walk_shows_whether_more_pay_and_those_whether_still_more(norm: str, times: int) -> None:
     """And none begins where another did."""
     stages = plan(named(norm), "default", classes=10, single_label=True, gradients=True)
-    (more,) = (place for place, stage in enumerate(stages) if stage.pays)
-    assert [stage.attack.name for stage in stages[more - 1 : more + 1]] == ["outside_in"] * 2
+    more = [place for place, stage in enumerate(stages) if stage.pays]
+    assert more == list(range(more[0], more[0] + times))
+    assert [stage.attack.name for stage in stages[more[0] - 1 : more[-1] + 1]] == ["outside_in"] * (times + 1)
     numbers = []
     for stage in stages:
         if stage.attack.name == "outside_in":

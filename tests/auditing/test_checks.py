@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from planted import Around, blobs, digits, linear
+from planted import Around, Reversed, blobs, digits, linear
 from torch import Tensor, nn
 
 import epsball as eb
@@ -73,18 +73,6 @@ def on_digits(change: Callable[[nn.Module, Tensor], Tensor], threat: str, n: int
 
 def raised(check: Check, scene: Scene) -> dict[str, str]:
     return {flag.id: flag.severity for flag in check(scene)}
-
-
-class Reversed(torch.autograd.Function):
-    """The identity, whose gradient points the wrong way."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        return x.clone()
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        return -gradient
 
 
 class Local(torch.autograd.Function):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from planted import Around, Stubborn, digits, without_gradient
+from planted import Around, Reversed, Stubborn, digits, without_gradient
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -19,7 +19,7 @@ from epsball.auditing.cascade import attack_round, stages_of
 from epsball.auditing.checks import Scene
 from epsball.auditing.checks.binarize import planted_inputs_are_found
 from epsball.auditing.preflight import look
-from epsball.auditing.react import ALIKE, After, alike
+from epsball.auditing.react import ALIKE, TRUE, After, alike, truth
 from epsball.auditing.referee import Referee
 from epsball.auditing.results import Finding, ModelReport
 from epsball.auditing.run import Plan, canaries, prepare
@@ -33,6 +33,7 @@ HIDDEN: dict[str, tuple[Callable[[nn.Module, Tensor], Tensor], str]] = {
     "without gradient": (without_gradient, "no-gradient"),
     "saturated": (lambda net, x: 1000 * net(x), "gradient"),
     "probabilities": (lambda net, x: (300 * net(x)).softmax(1), "probabilities"),
+    "lying": (lambda net, x: net(Reversed.apply(x)), "false-gradient"),
     "random": (lambda net, x: net(x + 0.05 * torch.randn_like(x)), "random"),
 }
 
@@ -68,6 +69,33 @@ def test_an_honest_model_is_looked_at_as_it_is() -> None:
 @pytest.mark.parametrize("name", ["digits-standard", "digits-robust"])
 def test_gradients_of_honest_models_agree_with_their_neighbors(name: str) -> None:
     assert alike(look(eb.load_model(name), digits().x, digits().y), 0) > 0.99
+
+
+@pytest.mark.parametrize("name", ["digits-standard", "digits-robust"])
+def test_gradients_of_honest_models_tell_how_scores_change(name: str) -> None:
+    assert truth(look(eb.load_model(name), digits().x, digits().y), 0) > 0.8
+    assert truth(look(eb.wrap(Around(lambda net, x: net(Reversed.apply(x)))), digits().x, digits().y), 0) < -0.8
+
+
+def test_a_gradient_that_lies_is_gone_around_or_doubted() -> None:
+    """A custom backward pass can be; a hook cannot, and then searches without gradients run beside the others."""
+
+    def hooked(net: nn.Module, x: Tensor) -> Tensor:
+        inner = x + 0
+        if inner.requires_grad:
+            inner.register_hook(torch.neg)
+        return net(inner)
+
+    data = digits(64)
+    for change, own, rough in ((lambda net, x: net(Reversed.apply(x)), False, False), (hooked, True, True)):
+        subject = Subject(eb.wrap(Around(change)), data.x, data.y, data.indices, "digits", {})
+        sheet, _ = prepare(subject, Plan((parse_threat("linf:0.1"),), "fast"))
+        assert (sheet.sight.own, sheet.sight.rough) == (own, rough)
+        assert {f.id: f.status for f in sheet.findings}["false-gradient"] == "warn"
+        assert "square" in {stage.attack.name for stage in stages_of(sheet, sheet.rounds[0], "fast")}
+        seen = truth(look(sheet.sight.victim, data.x, data.y), 0)
+        assert (seen > 0.8) is not rough
+        assert (seen < TRUE) is rough
 
 
 def test_gradients_that_jump_do_not_and_are_smoothed() -> None:

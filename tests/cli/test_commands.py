@@ -67,7 +67,7 @@ def test_audit_says_what_a_person_needs(files: Path, capsys: pytest.CaptureFixtu
     assert "linf 0.1" in out
     assert f"Report: {files}/run/report.html" in out
     assert f"epsball verify {files}/run" in out
-    assert "The plan takes at most about" in err
+    assert "The attacks take at most about" in err
     assert {path.name for path in (files / "run").iterdir()} == {"report.json", "report.html", "evidence.safetensors"}
 
 

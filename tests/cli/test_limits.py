@@ -27,7 +27,7 @@ def flat(text: str) -> str:
 def test_a_budget_is_told_before_and_after(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*AUDIT, "-t", "linf:0.05", "--max-forwards", "300", "-o", f"{tmp_path}/run"]) == 0
     out, err = (flat(text) for text in capsys.readouterr())
-    assert re.search(r"The plan takes at most about .* and [\d,]+ rows forward", err)
+    assert re.search(r"The attacks take at most about .* and [\d,]+ rows forward", err)
     assert re.search(r"The budget holds \d+% of that for sure", err)
     assert "Stopped early: the budget of 300 rows forward was spent." in out
     assert "WARN budget" in out

@@ -648,3 +648,24 @@ def test_running_out_of_memory_is_the_victims_to_handle() -> None:
     victim.batch_size, problem.victim.batch_size = None, None
     assert float(autograd(problem, x).gradient.abs().max()) > 0
     assert max(seen) == 6
+
+
+def test_a_custom_backward_that_lies_is_gone_around_where_asked() -> None:
+    class Lying(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            return 2 * x
+
+        @staticmethod
+        def backward(ctx: Any, gradient: Tensor) -> Tensor:
+            return -gradient
+
+    weights = torch.randn(5, 3, generator=torch.Generator().manual_seed(0))
+    x, slopes = torch.rand(4, 5), {}
+    victim = Victim(lambda z: Lying.apply(z) @ weights)
+    for name, asked in (("trusted", victim.relaxed()), ("distrusted", victim.relaxed(distrust=True))):
+        z = x.clone().requires_grad_()
+        (slopes[name],) = torch.autograd.grad(asked.differentiable(z, Tally.zeros(4))[:, 0].sum(), z)
+    assert torch.allclose(slopes["trusted"], -weights[:, 0].expand(4, 5))
+    assert torch.allclose(slopes["distrusted"], 2 * weights[:, 0].expand(4, 5))
+    assert isinstance(victim.relaxed().relaxed(distrust=True).model, Relaxed)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import warnings
 from typing import Any
 
 import pytest
@@ -177,3 +179,11 @@ def test_the_ledger_counts_the_model_not_the_padding() -> None:
     outcome = get("pgd", steps=3)(Victim(Exported(b.model, 4), fixed_batch=4), b.x, answers(b.model, b.x).argmax(1), 0.0, drop=False)
     assert outcome.queries.tolist() == [5] * 5
     assert outcome.backwards.tolist() == [3] * 5
+
+
+def test_a_copy_of_a_traced_network_can_be_asked() -> None:
+    """Its parameters are no leaves, so that nobody can freeze them."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # torch would rather have programs exported
+        traced = torch.jit.trace(nn.Linear(5, 3), torch.rand(2, 5))
+    assert Victim(copy.deepcopy(traced)).outputs(torch.rand(4, 5), Tally.zeros(4)).shape == (4, 3)

@@ -33,7 +33,7 @@ from epsball.attacks.combine import Restarts, restarted
 from epsball.attacks.targets import malt
 from epsball.core import Access, Attack, AttackLike, Descent, Fading, Halving, Momentum, Near, Objective, Projects, Steepest, Victim, chain
 from epsball.errors import BadInput
-from epsball.objectives import cross_entropy, margin
+from epsball.objectives import cross_entropy, dlr, margin
 from epsball.threats import L0, L1, L2, Color, Flow, Linf, Patch, Rigid
 
 EFFORTS = ("fast", "default", "max")
@@ -41,8 +41,8 @@ _STEPS = {"fast": 10, "default": 40, "max": 100}
 NEAR, NEARER, VERY_NEAR = 0.15, 0.1, 0.04
 """Shares of the clean margin that searches must have come down to for more starts, for one more walk, and for many, to be worth their
 rows."""
-_BALLS, SHORT = (8.0, 4.0, 2.0, 1.0), (6.0, 2.0, 1.3, 1.0)
-"""In budgets: the balls of long and short `from_larger`. Who finds nothing in the ball of 1.3 is given up before the last."""
+_BALLS = (8.0, 4.0, 2.0, 1.0)
+"""In budgets: the balls of long `from_larger`."""
 _STANDS, _BROKEN = 187, 15
 """Rows with a gradient, for each sample that stands and that broke, up to which searches under L1 go on. AutoAttack takes ten times
 as many: some 1,900 and 150 to 250."""
@@ -220,8 +220,7 @@ def _norms(threat: Projects, effort: str, classes: int) -> Iterator[Stage]:
     if effort == "default":
         yield from _default(threat, classes)
     elif effort == "fast" and isinstance(threat, L1):
-        yield _runs(vertices(20, threat), 20, 1, 1)
-        yield _tours(threat, 2, classes)
+        yield from _turn(threat, classes, 1, 1)
         yield _walks(threat, 30, 1, far=3, rounds=2)
     elif effort == "fast":
         yield _aimed(threat, 10, 1, targets, classes)
@@ -233,7 +232,7 @@ def _norms(threat: Projects, effort: str, classes: int) -> Iterator[Stage]:
         if isinstance(threat, L1):
             yield _walks(threat, 60, 3, far=3, rounds=2)
             yield Stage(from_larger(100, 5, threat=threat, objective=margin, scales=_BALLS), 500)
-            yield _runs(vertices(20, threat), 20, 1, 40)
+            yield from _turn(threat, classes, 1, 10)
             yield _runs(vertices(60, threat), 60, 41, 5)
         yield from _long(threat, classes)
 
@@ -256,44 +255,51 @@ def _default(threat: Projects, classes: int) -> Iterator[Stage]:
         yield replace(_walks(threat, 60, 5, far=3, rounds=2), near=NEARER, nearer=(VERY_NEAR, 1))
         yield replace(_aimed(threat, 20, 3, 9, classes), near=NEAR, pays=0.1)
     else:
-        yield from _if_it_pays(_walks(threat, 30, 1, far=3, rounds=2), 2)
+        yield from _while_it_pays(_walks(threat, 30, 1, far=3, rounds=2), 2, 1)
         yield replace(_runs(outside_in(40, threat, far=3, rounds=2), 49, 3, 9), near=NEARER, nearer=(0.03, 1))
 
 
-def _if_it_pays(one: Stage, more: int) -> tuple[Stage, Stage]:
-    """One run, and more of it where that broke a twentieth of those it tried."""
-    return one, replace(_runs(one.attack, one.rows, 1, more), pays=0.05)
+def _while_it_pays(one: Stage, more: int, times: int) -> Iterator[Stage]:
+    """One run, then so many at a time, as long as the ones before broke a twentieth of those they tried."""
+    yield one
+    for turn in range(times):
+        yield replace(_runs(one.attack, one.rows, 1 + turn * more, more), pays=0.05)
 
 
 def _sparse(threat: L1, classes: int) -> Iterator[Stage]:
     """Under L1 many short searches from larger balls, for the right sparsity has to be found, and where a search ends hangs on luck.
 
-    None is best everywhere (`benchmarks/l1_starts.py`), so there are several kinds. Runs of 20 looks that end early where a larger
-    ball holds nothing break more for their rows than longer ones on most networks; on some they do so aimed at the three nearest
-    classes, although each costs three. Where gradients mislead near the clean input a walk inward breaks what all of them leave: one
-    each shows whether more pay. Samples that came near get more and longer runs; what still falls then is anywhere, so that rows that
-    are left go to all that stand, in several stages, for runs that end early leave room for others.
+    None is best everywhere (`benchmarks/l1_starts.py`), so there are several kinds: those of `_turn`, and runs aimed at the three
+    nearest classes. Where gradients mislead near the clean input a walk inward breaks what all of them leave: one each shows whether
+    more pay, and those whether still more. Samples that came near get more and longer runs; what still falls then is anywhere, so that
+    rows that are left go to all that stand, in several stages, for runs that end early leave room for others.
     """
-    tour = vertices(20, threat)
-    by_margin, by_entropy = (from_larger(20, threat=threat, objective=loss, scales=SHORT) for loss in (margin, cross_entropy))
-    yield _runs(tour, 20, 1, 2)
-    yield Stage(by_margin, 20)
-    yield _runs(by_entropy, 20, 1, 1)
-    yield _tours(threat, 33, classes)
-    yield _runs(tour, 20, 3, 2)
-    yield from _if_it_pays(_walks(threat, 30, 1, far=3, rounds=2), 5)
-    yield replace(_runs(vertices(30, threat), 30, 5, 8, fill=18), near=NEAR, nearer=(0.05, 3))
-    for turn in range(2):
-        yield _runs(tour, 20, 13 + 10 * turn, 10, fill=15)
-        yield _runs(by_margin, 20, 2 + 4 * turn, 4, fill=15)
+    yield from _turn(threat, classes, 1, 1)
+    yield _tours(threat, 5, classes)
+    yield from _while_it_pays(_walks(threat, 30, 1, far=3, rounds=2), 2, 4)
+    yield replace(_runs(vertices(30, threat), 30, 8, 8, fill=18), near=NEAR, nearer=(0.05, 3))
+    yield from _turn(threat, classes, 16, 4, fill=True)
+    yield from _turn(threat, classes, 32, 9, fill=True)
+
+
+def _turn(threat: L1, classes: int, first: int, count: int, fill: bool = False) -> Iterator[Stage]:
+    """As many runs of `vertices` of four kinds each, from number `first` on: from balls of 3 budgets and from far larger ones, on
+    several losses. Runs of different kinds fail on different samples, more than runs of one kind that each draw their first ball.
+    """
+    loss = dlr if classes else margin
+    kinds = ((3.0, loss, 11), (3.0, cross_entropy, 11), (60.0, margin, 16), (30.0, cross_entropy, 16))
+    for number, (budgets, objective, rows) in enumerate(kinds):
+        search = vertices(20, threat, objective, (budgets, budgets))
+        yield _runs(search, 20, first + number * count, count, rows if fill else 0)
 
 
 def _tours(threat: L1, first: int, classes: int) -> Stage:
     """`vertices` at each of the three nearest classes, or three runs from number `first` on where nothing can be aimed at."""
+    search = vertices(20, threat, first=(3.0, 3.0))
     if not classes:
-        return _runs(vertices(20, threat), 20, first, 3)
+        return _runs(search, 20, first, 3)
     count = min(3, classes - 1)
-    return Stage(EveryTarget(vertices(20, threat), count, malt, name="vertices_t", abreast=True), 20 * count + count + 4)
+    return Stage(EveryTarget(search, count, malt, name="vertices_t", abreast=True), 20 * count + count + 4)
 
 
 def _runs(search: AttackLike, rows: int, first: int, count: int, fill: int = 0) -> Stage:

@@ -252,12 +252,23 @@ def _alive_finding(dead: dict[str, int], n: int) -> Finding:
 
 def slopes(victim: Victim, x: Tensor, goal: Goal, objective: Objective) -> Tensor:
     """(B, ...) gradient of an objective at x; zeros where the output is detached from the input."""
+    gradient: Tensor = autograd(posed(victim, x, goal, objective), x).gradient
+    return gradient
+
+
+def posed(victim: Victim, x: Tensor, goal: Goal, objective: Objective) -> Problem:
+    """Something to take gradients and scores from; its radius is 0."""
     n, tally = len(x), Tally.zeros(len(x))
     radius = torch.zeros(n, dtype=torch.float64, device=x.device)
     ids, clean = torch.zeros(n, dtype=torch.int64, device=x.device), victim.outputs(x, tally)
-    problem = Problem(victim, x, goal, Linf().within(victim.box), objective, radius, ids, clean, Key.of(0), tally)
-    gradient: Tensor = autograd(problem, x).gradient
-    return gradient
+    return Problem(victim, x, goal, Linf().within(victim.box), objective, radius, ids, clean, Key.of(0), tally)
+
+
+def cosine(first: Tensor, second: Tensor) -> Tensor:
+    """(B,) cosine of rows; 0 where only one of them is zero, NaN where both are."""
+    lengths = first.norm(dim=1) * second.norm(dim=1)
+    found = torch.where(lengths > 0, (first * second).sum(1) / lengths, torch.zeros_like(lengths))
+    return torch.where((first.norm(dim=1) > 0) | (second.norm(dim=1) > 0), found, torch.nan)
 
 
 def fingerprint(model: object) -> str:

@@ -47,7 +47,8 @@ class Live:
 
         self.started = time.perf_counter()
         cost = f"{duration(most.seconds)} and {most.forwards:,} rows forward"
-        self.console.print(f"The plan takes at most about {cost}; samples that break early make it shorter.", markup=False, highlight=False)
+        said = f"The attacks take at most about {cost}, the checks come on top; samples that break early make it shorter."
+        self.console.print(said, markup=False, highlight=False)
         if most.holds is not None:
             said = "is enough" if most.holds >= 1 else f"holds {most.holds:.0%} of that for sure: attacks that do not fit are cut"
             self.console.print(f"The budget {said}.", markup=False, highlight=False)

@@ -37,17 +37,18 @@ class Relaxed(nn.Module):
 
     Args:
         model: maps (B, ...) to anything; one that cannot be watched is called as it is.
+        distrust: go back through the operations inside custom autograd functions, not through their own backward.
     """
 
     met: tuple[str, ...]
 
-    def __init__(self, model: Callable[[Tensor], Any]) -> None:
+    def __init__(self, model: Callable[[Tensor], Any], distrust: bool = False) -> None:
         super().__init__()
         self.model = model
         self.met = ()
         self.training = model.training if isinstance(model, nn.Module) else False
         self.dead: tuple[str, ...] | None = None  # submodules that run backward as the identity; None before the first look
-        self.distrust = False
+        self.distrust = distrust
         self.plain = False
 
     def forward(self, x: Tensor) -> Any:

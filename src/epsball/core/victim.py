@@ -146,13 +146,15 @@ class Victim:
         """
         return self.twin(Substituted.of(self.model, layer, backward, self.name))
 
-    def relaxed(self) -> Victim:
+    def relaxed(self, distrust: bool = False) -> Victim:
         """This victim with a substitute derivative wherever an operation of the model has none (BPDA without a layer's name).
 
         Athalye, Carlini & Wagner 2018, arXiv 1802.00420, section 4. `Relaxed` says what is replaced; `victim.model.met` names it
-        after a look with a gradient.
+        after a look with a gradient. `distrust`: custom autograd functions get other derivatives, although they bring their own.
         """
-        return self.twin(self.model if isinstance(self.model, Relaxed) else Relaxed(self.model))
+        if isinstance(self.model, Relaxed):
+            return self.twin(Relaxed(self.model.model, True) if distrust else self.model)
+        return self.twin(Relaxed(self.model, distrust))
 
     def twin(self, model: Callable[[Tensor], Tensor]) -> Victim:
         """Another model in this one's place: the same box, access, batch size and name, a context of its own."""
@@ -248,7 +250,7 @@ class Victim:
 def _still(model: nn.Module) -> Callable[[], None]:
     """Eval mode and frozen parameters, module by module; returns what undoes it."""
     modes = [(module, module.training) for module in model.modules()]
-    grads = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    grads = [(parameter, parameter.requires_grad) for parameter in model.parameters() if parameter.is_leaf]  # a traced copy's are none
     for module, _ in modes:
         module.training = False  # the flag itself: exported programs refuse .eval(), and eval() may be overridden
     for parameter, _ in grads:

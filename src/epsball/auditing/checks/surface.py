@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from epsball.auditing.checks.scene import FEWEST, Scene
+from epsball.auditing.preflight import cosine
 from epsball.auditing.results import Flag
 from epsball.core import Key, Problem, autograd
 from epsball.core.rows import per_sample
@@ -89,14 +90,7 @@ def _cosine(problem: Problem, key: Key) -> Tensor:
         there = problem.threat.start(z, LENGTH * problem.radius, key.fold("direction", number), problem.ids)
         seen.append(problem.judge(there).score.double() - reading.score.double())
         told.append(((there - z) * reading.gradient).flatten(1).double().sum(1))
-    return _along(torch.stack(seen, 1), torch.stack(told, 1))
-
-
-def _along(first: Tensor, second: Tensor) -> Tensor:
-    """(B,) cosine of rows; 0 where only one of them is zero, NaN where both are."""
-    lengths = first.norm(dim=1) * second.norm(dim=1)
-    cosine = torch.where(lengths > 0, (first * second).sum(1) / lengths, torch.zeros_like(lengths))
-    return torch.where((first.norm(dim=1) > 0) | (second.norm(dim=1) > 0), cosine, torch.nan)
+    return cosine(torch.stack(seen, 1), torch.stack(told, 1))
 
 
 def promises_are_kept(scene: Scene) -> Iterator[Flag]:
