@@ -28,7 +28,7 @@ JUDGES = 100
 """Draws that a ruling on a random model takes; the majority rules. What is stored is ruled on again and again, and each time a narrow
 majority may turn: with 40 draws 8 of 83 did so on a network that drops activations."""
 TRUE, ASIDE, DIRECTIONS = 0.2, 0.04, 8
-"""Median cosine of changes measured and foretold below which gradients are false; how far aside, as a share of the box, and how often."""
+"""Median correlation of changes measured and foretold below which gradients are false; how far aside, as a share of the box; how often."""
 WIDE, CALM = 50.0, 5.0
 """Median gap between the two best scores from which on scores are divided, and the gap that is left."""
 
@@ -108,7 +108,7 @@ def _truthful(bench: Bench, sight: Sight, findings: list[Finding], seed: int) ->
     told = truth(replace(bench, victim=sight.victim), seed)
     if told >= TRUE:
         return sight, findings
-    message = f"The gradient does not tell how the margin changes: its cosine with measured changes is {told:.2f} in the middle."
+    message = f"The gradient does not tell how the margin changes: its correlation with measured changes is {told:.2f} in the middle."
     twin = bench.victim.relaxed(distrust=True)
     around = truth(replace(bench, victim=twin), seed)
     if around >= TRUE:
@@ -121,9 +121,11 @@ def _truthful(bench: Bench, sight: Sight, findings: list[Finding], seed: int) ->
 
 
 def truth(bench: Bench, seed: int) -> float:
-    """Median cosine between changes of the margin at random points within 0.02 of the box and those that its gradient foretells.
+    """Median correlation of changes of the margin at random points within 0.02 of the box with those that its gradient foretells.
 
-    1 where nothing can be compared. Cost: 10 forward rows and 1 backward row for each of at most 32 samples.
+    Not the cosine: on a curved surface any noise moves the margin the same way. 1 where nothing can be compared.
+
+    Cost: 10 forward rows and 1 backward row for each of at most 32 samples.
     """
     rows, seen, told = _fine(bench), [], []
     if not len(rows):
@@ -137,7 +139,7 @@ def truth(bench: Bench, seed: int) -> float:
         there = _aside(bench.victim, x, ASIDE, Key.of(seed).fold("aside", number))
         seen.append(problem.judge(there).score.double() - reading.score.double())
         told.append(((there - x) * reading.gradient).flatten(1).double().sum(1))
-    found = cosine(torch.stack(seen, 1), torch.stack(told, 1))
+    found = cosine(*(changes - changes.mean(1, keepdim=True) for changes in (torch.stack(seen, 1), torch.stack(told, 1))))
     known = found[torch.isfinite(found)]
     return float(known.median()) if len(known) else 1.0
 
