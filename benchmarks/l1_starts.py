@@ -24,8 +24,6 @@ from epsball.threats import L1, parse_threat
 
 PAGE = Path(__file__).parent / "results" / "l1_starts.md"
 RUNS, ROWS = 12, (60, 165)
-
-
 SHORT = (6.0, 2.0, 1.3, 1.0)
 """Balls of `from_larger`, in budgets: who finds nothing in that of 1.3 is given up before the last."""
 

@@ -54,24 +54,22 @@ class Remembering(nn.Module):
         return self.net(x) + torch.sin(self.count) * torch.arange(10.0)
 
 
-class Reversed(torch.autograd.Function):
-    """The identity, whose gradient points the wrong way."""
-
+class _Identity(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
         return x.clone()
+
+
+class Reversed(_Identity):
+    """The identity, whose gradient points the wrong way."""
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
         return -gradient
 
 
-class Stubborn(torch.autograd.Function):
+class Stubborn(_Identity):
     """The identity, whose backward pass raises something unusual."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        return x.clone()
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Tensor:

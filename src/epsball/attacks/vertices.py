@@ -66,7 +66,8 @@ class Vertices:
 
     Attributes:
         first: radii between which that of the first ball is drawn (uniform in its logarithm), in budgets, 1 or more.
-        share: first step, in ways to the vertex, in the largest first ball and in the least; in proportion to the logarithm between.
+        share: first step, in ways to the vertex, in the largest first ball and in the least; in proportion to the logarithm between. Where
+            both are one ball, every run draws its step.
         last: last step; half a cosine leads there. memory: of the averaged gradient.
         noise: from a random point of a first ball that is drawn; else from the clean input, in the largest.
     """

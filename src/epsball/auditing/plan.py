@@ -216,23 +216,22 @@ def _norms(threat: Projects, effort: str, classes: int) -> Iterator[Stage]:
 
     `classes` is 0 where nothing can be aimed at.
     """
-    targets = 2 if isinstance(threat, L1) else 3
     if effort == "default":
         yield from _default(threat, classes)
     elif effort == "fast" and isinstance(threat, L1):
-        yield from _turn(threat, classes, 1, 1)
+        yield from _four_kinds(threat, classes, 1, 1)
         yield _walks(threat, 30, 1, far=3, rounds=2)
     elif effort == "fast":
-        yield _aimed(threat, 10, 1, targets, classes)
+        yield _aimed(threat, 10, 1, 3, classes)
         yield _walks(threat, 30, 1, far=3, rounds=2)
     else:
-        yield _aimed(threat, 20, 3, targets, classes)
+        yield _aimed(threat, 20, 3, 3, classes)
         yield Stage(apgd(20, 10, threat=threat, objective=margin), 200)
         yield _walks(threat, 30, 10, far=3, rounds=2)
         if isinstance(threat, L1):
             yield _walks(threat, 60, 3, far=3, rounds=2)
             yield Stage(from_larger(100, 5, threat=threat, objective=margin, scales=_BALLS), 500)
-            yield from _turn(threat, classes, 1, 10)
+            yield from _four_kinds(threat, classes, 1, 10)
             yield _runs(vertices(60, threat), 60, 41, 5)
         yield from _long(threat, classes)
 
@@ -269,31 +268,33 @@ def _while_it_pays(one: Stage, more: int, times: int) -> Iterator[Stage]:
 def _sparse(threat: L1, classes: int) -> Iterator[Stage]:
     """Under L1 many short searches from larger balls, for the right sparsity has to be found, and where a search ends hangs on luck.
 
-    None is best everywhere (`benchmarks/l1_starts.py`), so there are several kinds: those of `_turn`, and runs aimed at the three
+    None is best everywhere (`benchmarks/l1_starts.py`), so there are several: those of `_four_kinds`, and runs aimed at the three
     nearest classes. Where gradients mislead near the clean input a walk inward breaks what all of them leave: one each shows whether
     more pay, and those whether still more. Samples that came near get more and longer runs; what still falls then is anywhere, so that
     rows that are left go to all that stand, in several stages, for runs that end early leave room for others.
     """
-    yield from _turn(threat, classes, 1, 1)
-    yield _tours(threat, 5, classes)
+    yield from _four_kinds(threat, classes, 1, 1)
+    yield _at_near_classes(threat, classes, 5)
     yield from _while_it_pays(_walks(threat, 30, 1, far=3, rounds=2), 2, 4)
     yield replace(_runs(vertices(30, threat), 30, 8, 8, fill=18), near=NEAR, nearer=(0.05, 3))
-    yield from _turn(threat, classes, 16, 4, fill=True)
-    yield from _turn(threat, classes, 32, 9, fill=True)
+    yield from _four_kinds(threat, classes, 16, 4, fill=True)
+    yield from _four_kinds(threat, classes, 32, 9, fill=True)
 
 
-def _turn(threat: L1, classes: int, first: int, count: int, fill: bool = False) -> Iterator[Stage]:
+def _four_kinds(threat: L1, classes: int, first: int, count: int, fill: bool = False) -> Iterator[Stage]:
     """As many runs of `vertices` of four kinds each, from number `first` on: from balls of 3 budgets and from far larger ones, on
     several losses. Runs of different kinds fail on different samples, more than runs of one kind that each draw their first ball.
+
+    Most runs end before their 20 looks; those from small balls earlier, for a small ball that holds nothing is soon found out.
     """
     loss = dlr if classes else margin
     kinds = ((3.0, loss, 11), (3.0, cross_entropy, 11), (60.0, margin, 16), (30.0, cross_entropy, 16))
-    for number, (budgets, objective, rows) in enumerate(kinds):
+    for number, (budgets, objective, looks) in enumerate(kinds):
         search = vertices(20, threat, objective, (budgets, budgets))
-        yield _runs(search, 20, first + number * count, count, rows if fill else 0)
+        yield _runs(search, 20, first + number * count, count, looks if fill else 0)
 
 
-def _tours(threat: L1, first: int, classes: int) -> Stage:
+def _at_near_classes(threat: L1, classes: int, first: int) -> Stage:
     """`vertices` at each of the three nearest classes, or three runs from number `first` on where nothing can be aimed at."""
     search = vertices(20, threat, first=(3.0, 3.0))
     if not classes:

@@ -7,7 +7,7 @@ blocked model is audited, but its number is not called robust accuracy.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -262,6 +262,18 @@ def posed(victim: Victim, x: Tensor, goal: Goal, objective: Objective) -> Proble
     radius = torch.zeros(n, dtype=torch.float64, device=x.device)
     ids, clean = torch.zeros(n, dtype=torch.int64, device=x.device), victim.outputs(x, tally)
     return Problem(victim, x, goal, Linf().within(victim.box), objective, radius, ids, clean, Key.of(0), tally)
+
+
+def foretold(problem: Problem, z: Tensor, beside: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
+    """How the score changes from z to D points (B, ...) beside it: (B, D) as measured and (B, D) as the gradient at z foretells.
+
+    Cost: D + 1 forward rows and 1 backward row for each sample.
+    """
+    reading, seen, told = autograd(problem, z), [], []
+    for there in beside:
+        seen.append(problem.judge(there).score.double() - reading.score.double())
+        told.append(((there - z) * reading.gradient).flatten(1).double().sum(1))
+    return torch.stack(seen, 1), torch.stack(told, 1)
 
 
 def cosine(first: Tensor, second: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from epsball.attacks import apgd, noise
 from epsball.auditing.checks.scene import Scene, attack_row
+from epsball.auditing.react import CUSTOM
 from epsball.auditing.results import Flag
 from epsball.auditing.statistics import clopper_pearson
 from epsball.core import AttackLike, Outcome, Problem, Victim, valid
@@ -145,7 +146,7 @@ def _features(scene: Scene) -> Victim | None:
     if not isinstance(own.model, nn.Module):
         return None
     features = own.twin(Features(own.model))
-    features = features.relaxed() if sight.hidden else features
+    features = features.relaxed(distrust=CUSTOM in sight.hidden) if sight.hidden else features
     return features.averaged(scene.victim.draws) if sight.random else features
 
 

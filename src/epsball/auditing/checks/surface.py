@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from epsball.auditing.checks.scene import FEWEST, Scene
-from epsball.auditing.preflight import cosine
+from epsball.auditing.preflight import cosine, foretold
 from epsball.auditing.results import Flag
 from epsball.core import Key, Problem, autograd
 from epsball.core.rows import per_sample
@@ -84,13 +84,8 @@ def gradients_tell(scene: Scene) -> Iterator[Flag]:
 def _cosine(problem: Problem, key: Key) -> Tensor:
     """(B,) at one random point; NaN where nothing moves."""
     z = problem.threat.start(problem.x, problem.radius, key, problem.ids)
-    reading = autograd(problem, z)
-    seen, told = [], []
-    for number in range(DIRECTIONS):
-        there = problem.threat.start(z, LENGTH * problem.radius, key.fold("direction", number), problem.ids)
-        seen.append(problem.judge(there).score.double() - reading.score.double())
-        told.append(((there - z) * reading.gradient).flatten(1).double().sum(1))
-    return cosine(torch.stack(seen, 1), torch.stack(told, 1))
+    ways = (key.fold("direction", number) for number in range(DIRECTIONS))
+    return cosine(*foretold(problem, z, (problem.threat.start(z, LENGTH * problem.radius, way, problem.ids) for way in ways)))
 
 
 def promises_are_kept(scene: Scene) -> Iterator[Flag]:
