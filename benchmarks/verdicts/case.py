@@ -17,13 +17,13 @@ Attack = Climb | Squares
 
 CAUSES: dict[str, frozenset[str]] = {
     "dead": frozenset({"no-gradient", "gradient", "hidden-steps", "optimizes"}),
-    "scores": frozenset({"gradient", "losses-disagree"}),
+    "scores": frozenset({"gradient", "losses-disagree", "probabilities"}),
     "random": frozenset({"random"}),
     "batch": frozenset({"batch"}),
     "rough": frozenset({"rough", "unstable", "hidden-steps", "false-gradient", "landscape"}),
 }
-"""Cause -> ids of the flags and findings that name it: gradients that do not reach the input; scores that saturate; chance; neighbors
-in the batch; gradients that lead nowhere."""
+"""Cause -> ids of the flags and findings that name it: gradients that do not reach the input; scores that saturate or vanish; chance;
+neighbors in the batch; gradients that lead nowhere."""
 
 
 @dataclass(frozen=True)

@@ -17,11 +17,11 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from verdicts import bases, color, controls, detect, held_out, quantize, randomized, stages, table, train
+from verdicts import bases, color, controls, detect, held_out, quantize, randomized, stages, table, train, unseen
 from verdicts.case import Case
 
 RESULTS = Path(__file__).resolve().parents[1] / "results" / "verdicts.md"
-CASES = (*quantize.CASES, *randomized.CASES, *train.CASES, *detect.CASES, *controls.CASES, *color.CASES, *held_out.CASES)
+CASES = (*quantize.CASES, *randomized.CASES, *train.CASES, *detect.CASES, *controls.CASES, *color.CASES, *held_out.CASES, *unseen.CASES)
 
 
 def chosen(names: list[str]) -> list[Case]:
@@ -68,7 +68,7 @@ def text(found: list[tuple[Case, table.Row]], n: int, seed: int) -> str:
             "  is, one draw of a random one.",
             "- true: what stands under attacks made by hand by one who knows the defense (BPDA, EOT of 20 draws, scores before saturation,",
             "  the undefended copy, restarts, every target, Square of 5,000 queries), all together; a random model is broken where",
-            "  more than half of 20 draws are wrong, and then more than half of 100 fresh ones. An upper bound, too.",
+            "  more than half of 20 draws are wrong, then of 100 fresh ones, then of 1,000. An upper bound, too.",
             "- audited: `epsball.audit(model, data, 'linf:R')` at its default effort, told nothing.",
             "- AutoAttack: the official standard version, and its `rand` for random models, on the first `n of AA` samples, by its own",
             "  book: one wrong draw breaks a random model.",

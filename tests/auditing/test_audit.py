@@ -16,11 +16,12 @@ import epsball as eb
 from epsball.attacks import EveryTarget, Restarts
 from epsball.attacks.inward import OutsideIn
 from epsball.attacks.vertices import Vertices
+from epsball.auditing import verdict
 from epsball.auditing.cascade import Tick, attack_round, cascade
 from epsball.auditing.checks import Scene, losses_agree
 from epsball.auditing.cost import Estimate
 from epsball.auditing.plan import EFFORTS, Stage, default_threats, plan, row_budget
-from epsball.auditing.results import AttackRow, Report
+from epsball.auditing.results import AttackRow, Flag, Report
 from epsball.auditing.run import Plan, prepare
 from epsball.auditing.sheet import Subject
 from epsball.core import Attack
@@ -359,6 +360,21 @@ class Interrupting(nn.Module):
         return output
 
 
+@pytest.mark.parametrize("left", [0, 1])
+def test_doubts_about_attacks_are_moot_where_nothing_stands(left: int) -> None:
+    data = eb.load_data("digits", n=20)
+    subject = Subject(eb.load_model("digits-standard"), data.x, data.y, data.indices, "digits", {})
+    sheet, _ = prepare(subject, Plan((parse_threat("linf:0.1"),), "fast"))
+    current = sheet.rounds[0]
+    current.flags.append(Flag(id="curve", severity="block", message="Something was missed."))
+    sheet.hits["linf"].radius[left:] = current.radius
+    found = verdict.result(sheet, current, torch.zeros(20, dtype=torch.bool), blocked=False)
+    assert found.robust_accuracy.count == left
+    assert found.trustworthy is not bool(left)
+    assert {flag.id: flag.severity for flag in found.flags}["curve"] == ("block" if left else "warn")
+    assert not verdict.result(sheet, current, torch.zeros(20, dtype=torch.bool), blocked=True).trustworthy
+
+
 @pytest.mark.parametrize("at", [1, 4, 20])
 def test_an_interrupt_before_anything_is_known_leaves_nothing(at: int, tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
@@ -366,7 +382,7 @@ def test_an_interrupt_before_anything_is_known_leaves_nothing(at: int, tmp_path:
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("at", [70, 90, 130])
+@pytest.mark.parametrize("at", [80, 100, 140])
 def test_an_interrupt_inside_the_model_leaves_a_partial_report(at: int, tmp_path: Path) -> None:
     model = Interrupting(at)
     report = audited(tmp_path, model=model)

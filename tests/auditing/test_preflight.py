@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import epsball as eb
-from epsball.auditing.preflight import are_probabilities, examine, look, preflight
+from epsball.auditing.preflight import examine, look, preflight, unlogged
 from epsball.auditing.results import ModelReport, Report
 from epsball.auditing.run import canaries
 from epsball.core import Victim
@@ -196,14 +196,21 @@ def test_probabilities_are_mended_and_change_no_verdict(tmp_path: Path) -> None:
     assert mended.results[0].trustworthy
 
 
-def test_probabilities_are_told_from_logits() -> None:
+def test_what_needs_a_logarithm_is_told_from_logits() -> None:
     logits = torch.randn(20, 5, generator=torch.Generator().manual_seed(0))
-    assert are_probabilities(logits.softmax(1))
-    assert not are_probabilities(logits)
-    assert not are_probabilities(logits.log_softmax(1))
-    assert not are_probabilities(logits.sigmoid())
-    assert not are_probabilities(logits.softmax(1)[:7])  # too few to tell
-    assert are_probabilities(torch.cat([logits.softmax(1), torch.full((1, 5), torch.nan)]))
+    assert unlogged(logits.softmax(1)) == "probabilities"
+    assert unlogged(torch.cat([logits.softmax(1), torch.full((1, 5), torch.nan)])) == "probabilities"
+    assert unlogged((20 * logits).exp()) == unlogged((20 * logits - 60).exp()) == "positive scores that span decades"
+    for scores in (logits, logits.log_softmax(1), logits.sigmoid(), logits.relu(), logits.exp(), logits.softmax(1)[:7]):
+        assert not unlogged(scores)
+
+
+def test_densities_are_followed_by_their_logarithm_and_change_no_verdict(tmp_path: Path) -> None:
+    logits = audited(eb.load_model("digits-standard"), tmp_path / "a").models[0]
+    mended = audited(eb.wrap(Around(lambda net, x: (net(x).log_softmax(1) - 20).exp())), tmp_path / "b").models[0]
+    assert unusual(mended) == {"probabilities": "mended"}
+    assert mended.results[0].robust_accuracy == logits.results[0].robust_accuracy
+    assert mended.results[0].trustworthy
 
 
 def test_training_mode_is_mended_and_put_back(tmp_path: Path) -> None:

@@ -18,8 +18,9 @@ from epsball.auditing.canaries import Planted, cases, misjudged
 from epsball.auditing.cascade import attack_round, stages_of
 from epsball.auditing.checks import Scene
 from epsball.auditing.checks.binarize import planted_inputs_are_found
+from epsball.auditing.plan import PAYS
 from epsball.auditing.preflight import look
-from epsball.auditing.react import ALIKE, TRUE, After, alike, truth
+from epsball.auditing.react import ALIKE, FAR, REACH, TRUE, After, alike, truth
 from epsball.auditing.referee import Referee
 from epsball.auditing.results import Finding, ModelReport
 from epsball.auditing.run import Plan, canaries, prepare
@@ -73,7 +74,8 @@ def test_gradients_of_honest_models_agree_with_their_neighbors(name: str) -> Non
 
 @pytest.mark.parametrize("name", ["digits-standard", "digits-robust"])
 def test_gradients_of_honest_models_tell_how_scores_change(name: str) -> None:
-    assert truth(look(eb.load_model(name), digits().x, digits().y), 0) > 0.8
+    bench = look(eb.load_model(name), digits().x, digits().y)
+    assert min(truth(bench, 0), truth(bench, 0, REACH)) > 0.9
 
 
 def behind_a_hook(net: nn.Module, x: Tensor) -> Tensor:
@@ -102,6 +104,24 @@ def test_gradients_that_jump_do_not_and_are_smoothed() -> None:
     sheet, _ = prepare(Subject(model, data.x, data.y, data.indices, "digits", {}), Plan((parse_threat("linf:0.1"),), "fast"))
     stages = stages_of(sheet, sheet.rounds[0], "fast")
     assert [s.attack.name for s in stages if s.beyond] == ["near_0.25", "near_1", "square"]
+
+
+def test_gradients_that_hold_for_short_ways_only_are_not_relied_on() -> None:
+    """Waves over which every gradient is right, and so is its neighbor, but no step as long as the radius."""
+
+    def waves(net: nn.Module, x: Tensor) -> Tensor:
+        return net(x + 0.03 * torch.sin(100 * x))
+
+    bench = look(eb.wrap(Around(waves)), digits().x, digits().y)
+    assert min(alike(bench, 0), truth(bench, 0)) > 0.9
+    assert truth(bench, 0, REACH) < FAR
+    sheet, _ = prepared(waves, "default")
+    assert sheet.sight.rough
+    assert {f.id: f.status for f in sheet.findings}["rough"] == "note"
+    beyond = [s for s in stages_of(sheet, sheet.rounds[0], "default") if s.beyond]
+    blind = [(name, pays) for name in ("square", "simba") for pays in (0, PAYS)]
+    assert [(s.attack.name, s.pays) for s in beyond] == [("near_0.25", 0), ("near_1", 0), *blind]
+    assert [longer.rows / search.rows for search, longer in zip(beyond[2::2], beyond[3::2], strict=True)] == [4, 4]
 
 
 def test_what_breaks_only_beyond_its_own_gradients_is_said(tmp_path: Path) -> None:

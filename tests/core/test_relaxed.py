@@ -204,6 +204,20 @@ def signs() -> nn.Module:
     return net
 
 
+class Neighbors(nn.Module):
+    """The share of each class among the seven nearest of 400 other digits."""
+
+    def __init__(self, nearest: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        data, seen = eb.load_data("digits"), set(eb.load_data("digits", n=64).indices.tolist())
+        rows = [row for row, index in enumerate(data.indices.tolist()) if index not in seen][:400]
+        self.stored, self.labels, self.nearest = data.x[rows].flatten(1), data.y[rows], nearest
+
+    def forward(self, x: Tensor) -> Tensor:
+        near = self.nearest(torch.cdist(x.flatten(1), self.stored))
+        return F.one_hot(self.labels[near], 10).float().mean(1)
+
+
 def around(change: Change) -> Callable[[], nn.Module]:
     return lambda: Around(change, load("digits-standard"))
 
@@ -235,6 +249,9 @@ CASES = {
     "winners by index": Case(lambda: Activated(winners_by_index), 60, 62, ("choice", "mask")),
     "mean sparse": Case(lambda: Activated(near_the_mean), 63, 62, ("compare", "mask")),
     "signs": Case(signs, 4, 62, ("sign",)),
+    "nearest": Case(lambda: Neighbors(lambda d: d.topk(7, largest=False).indices), 8, 36, ("one_hot",)),
+    "first of a sort": Case(lambda: Neighbors(lambda d: d.argsort(1)[:, :7]), 8, 36, ("one_hot",)),
+    "last of a sort": Case(lambda: Neighbors(lambda d: (-d).argsort(1)[:, -7:]), 8, 36, ("one_hot",)),
     "dead custom function": Case(around(lambda net, x: net(Custom.apply(x, 0.0))), 4, 62, ("no_grad", "round")),
 }
 

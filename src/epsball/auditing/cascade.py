@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from epsball.auditing.checks import FINAL_CHECKS, ROUND_CHECKS, Scene, attack_row, effort_suffices, queries_suffice, told_once
-from epsball.auditing.plan import Stage, black_box, by_chance, plan, row_budget, smooth, through_twins
+from epsball.auditing.plan import Stage, beside, black_box, by_chance, plan, row_budget, smooth, through_twins
 from epsball.auditing.referee import Referee
 from epsball.auditing.results import Flag
 from epsball.auditing.sheet import Round, Sheet
@@ -41,14 +41,13 @@ def stages_of(sheet: Sheet, current: Round, effort: str) -> tuple[Stage, ...]:
     after those through its twin.
     """
     threat, sight, model = sheet.threat(current.threat), sheet.sight, sheet.subject.victim
-    blind = black_box(threat, model.access, sheet.queries)
     if not sheet.shown:
-        return blind
+        return black_box(threat, model.access, sheet.queries)
     single, dead = isinstance(sheet.subject.goal, Untargeted), sight.dead
     known = plan(threat, effort, classes=sheet.clean.shape[1], single_label=single, gradients=not dead)
     if dead:  # noise and grids are part of both
-        names = {stage.attack.name for stage in known}
-        return (*known, *(stage for stage in blind if stage.attack.name not in names))
+        names, blind = {stage.attack.name for stage in known}, beside(threat, model.access, effort, sheet.queries)
+        return (*known, *(replace(stage, beyond=False) for stage in blind if stage.attack.name not in names))
     if sight.bare is not None:
         own = by_chance(threat, effort, model, sight.victim.draws) if sight.own else ()
         other = by_chance(threat, effort, sight.bare, sight.victim.draws) if sight.bare is not model else ()
@@ -61,7 +60,7 @@ def stages_of(sheet: Sheet, current: Round, effort: str) -> tuple[Stage, ...]:
     if sight.rough:
         stages += [replace(s, victim=sight.victim, beyond=True) for s in smooth(threat, effort)]
     doubted = sight.hidden or sight.rough or not sight.own or sheet.found("gradient")
-    return (*stages, *(replace(s, beyond=True) for s in blind)) if doubted else tuple(stages)
+    return (*stages, *beside(threat, model.access, effort, sheet.queries)) if doubted else tuple(stages)
 
 
 def planned_rows(sheet: Sheet, effort: str, threat: str) -> int:

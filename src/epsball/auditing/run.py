@@ -21,7 +21,7 @@ from epsball.auditing.cascade import Tick, attack_round, eight_bit, planned_rows
 from epsball.auditing.checks import CONTRACT_CHECKS, Scene, rounding_matters, transfer_finds_nothing
 from epsball.auditing.cost import Estimate, most_forwards
 from epsball.auditing.plan import QUERIES
-from epsball.auditing.preflight import are_probabilities, examine, look
+from epsball.auditing.preflight import examine, look, unlogged
 from epsball.auditing.react import After, react
 from epsball.auditing.referee import Referee
 from epsball.auditing.results import Canaries, Finding, ModelReport
@@ -98,6 +98,11 @@ def logarithm(p: Tensor) -> Tensor:
     return p.clamp(min=torch.finfo(p.dtype).tiny).log()
 
 
+def of_shares(scores: Tensor) -> Tensor:
+    """Logarithms of the shares of each row's largest, so that none is lost however small all of them are."""
+    return logarithm(scores / scores.amax(1, keepdim=True).clamp(min=torch.finfo(scores.dtype).tiny))
+
+
 def prepare(subject: Subject, plan: Plan) -> tuple[Sheet, Referee]:
     """Preflight: checks the contract, mends what is safe, asks all clean outputs once.
 
@@ -117,11 +122,12 @@ def prepare(subject: Subject, plan: Plan) -> tuple[Sheet, Referee]:
     for spec in plan.threats:  # what cannot be changed in this way at all is told before any work
         nothing = torch.zeros(1, dtype=torch.float64)
         spec.threat.within(victim.box).start(subject.x[:1], nothing, None, nothing.long())
-    if victim.access > Access.LABELS and are_probabilities(bench.output):
-        victim = victim.twin(After(victim.model, logarithm))
-        message = "The model answers with probabilities; their logarithm is used as scores."
+    if victim.access > Access.LABELS and (what := unlogged(bench.output)):
+        mend = logarithm if what == "probabilities" else of_shares
+        victim = victim.twin(After(victim.model, mend))
+        message = f"The model answers with {what}; their logarithm is used as scores."
         findings.append(Finding(id="probabilities", status="mended", message=message))
-        bench = replace(bench, victim=victim, output=logarithm(bench.output))
+        bench = replace(bench, victim=victim, output=mend(bench.output))
     subject = replace(subject, victim=victim)
     findings += examine(bench, seed=plan.seed, normalization=subject.normalization)
     findings += [finding for check in CONTRACT_CHECKS for finding in check(bench)]

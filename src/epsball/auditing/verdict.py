@@ -99,6 +99,8 @@ def result(sheet: Sheet, current: Round, invalid: Tensor, blocked: bool) -> Resu
         )
         flags.append(Flag(id="invalid-nearby", severity="warn", message=message))
     sure, unknown = standing & ~unsure, int(unsure.sum()) + int(invalid.sum())
+    if not unknown and not int(sure.sum()):  # what attacks may have missed cannot lower a number that is 0
+        flags = [flag.model_copy(update={"severity": "warn"}) if flag.severity == "block" else flag for flag in flags]
     return Result(
         threat=current.threat,
         radius=current.radius,

@@ -74,12 +74,16 @@ class Entry:
 
 @dataclass(frozen=True)
 class Choice:
-    """Indices (a tensor) that a selection along `dim` of `source` gave; `sign` is -1 where it looked for the smallest."""
+    """Indices (a tensor) that a selection along `dim` of `source` gave; `sign` is -1 where it looked for the smallest.
+
+    `settled`: labels of what was selected; `source` holds the logarithms of their shares, along its last axis.
+    """
 
     tensor: Tensor
     source: Tensor
     dim: int
     sign: float
+    settled: bool = False
 
 
 class Book:

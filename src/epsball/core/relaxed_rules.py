@@ -7,19 +7,21 @@ value does not matter. `AS_IT_IS` leaves the operation's own derivative; `None` 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from epsball.core.relaxed_book import Book, Choice
+from epsball.core.relaxed_book import SHARE, Book, Choice
 
 LEAK = 0.1
 """Share of the gradient that what is masked lets through: far below a threshold the soft mask alone passes next to nothing."""
 
 RIVALS, COOL = 10, 0.3
 """Runners-up whose mean gap to the best score sets the temperature of a soft choice, and the share of that gap."""
+MOST = 4096
+"""Rows of a table whose numbers are compared, and labels."""
 
 
 class AsItIs:
@@ -268,29 +270,68 @@ def one_hot(call: Call) -> Shadow:
 
 
 def looked_up(call: Call) -> Shadow:
-    """table[index] and embeddings: the average row under soft shares."""
+    """table[index] and embeddings: the average row under soft shares, of labels the share of each; index[:, :k]: still what was chosen."""
     index, table = (call.args[0], call.raw(1, "weight")) if call.name == "embedding" else (call.raw(1), call.args[0])
-    if not isinstance(index, Tensor) or soft(index) or index.dtype is torch.bool or not soft(table) or len(table) > 4096:
+    if (choice := call.book.choice(table)) is not None:
+        _some_of(call, choice)
         return AS_IT_IS
-    if call.book.twin(table) is not None:
+    if not isinstance(index, Tensor) or soft(index) or index.dtype is torch.bool or call.book.twin(table) is not None:
+        return AS_IT_IS
+    labels = not soft(table) and table.ndim == 1 and len(table) > 0 and int(table.min()) >= 0 and int(table.max()) < MOST
+    if not (labels or soft(table)):
         return AS_IT_IS
     share = _rows(call.book, index, len(table))
     if share is None:
         return None
     call.named("lookup")
+    if labels:
+        share = share @ torch.nn.functional.one_hot(table.long()).to(share.dtype)
+        call.book.choices[id(call.real)] = Choice(call.real, share.clamp_min(1e-12).log(), share.ndim - 1, 1.0, settled=True)
+        return (share * torch.arange(share.shape[-1], dtype=share.dtype, device=share.device)).sum(-1)
     mean: Tensor = share.to(table.dtype) @ table.detach().reshape(len(table), -1)
     return mean.reshape(call.real.shape)
+
+
+def _some_of(call: Call, choice: Choice) -> None:
+    """Remembers that the first of sorted indices are a selection, and the last one of the other end."""
+    real, whole, dim = call.real, choice.tensor, choice.dim
+    if not isinstance(real, Tensor) or real.ndim != whole.ndim or real.stride() != whole.stride() or choice.settled:
+        return
+    if any(a != b for k, (a, b) in enumerate(zip(real.shape, whole.shape, strict=True)) if k != dim):
+        return
+    start = (real.storage_offset() - whole.storage_offset()) // max(whole.stride(dim), 1)
+    if start in (0, whole.shape[dim] - real.shape[dim]):
+        call.book.choices[id(real)] = replace(choice, tensor=real, sign=-choice.sign if start else choice.sign)
 
 
 def _rows(book: Book, index: Tensor, n: int) -> Tensor | None:
     """(..., n) soft shares of n rows: of the scores that were compared, or of the distance to the number."""
     choice = book.choice(index)
-    if choice is not None and index.ndim == choice.source.ndim - 1 and choice.source.shape[choice.dim] == n:
-        return _shares(choice)
+    if choice is not None and choice.settled and choice.source.shape[-1] <= n:
+        return torch.nn.functional.pad(choice.source.softmax(-1), (0, n - choice.source.shape[-1]))
+    if choice is not None and choice.source.shape[choice.dim] == n:
+        if index.ndim == choice.source.ndim - 1:
+            return _shares(choice)
+        if choice.dim == index.ndim - 1 and index.shape[-1] < n:
+            return _members(choice, index.shape[-1]).unsqueeze(-2).expand(*index.shape, n)
     number = book.twin(index)
-    if number is None:
+    if number is None or n > MOST:
         return None
     return torch.softmax(-(number[..., None] - torch.arange(n, dtype=number.dtype, device=number.device)).square(), -1)
+
+
+def _members(choice: Choice, k: int) -> Tensor:
+    """(..., n) share of each score among the k best: soft steps at the middle between the last that is in and the first that is out.
+
+    Their width is a share of the best one's distance from there. Of 47 samples before a vote of the 15 nearest among 5,000 images 30
+    were left standing so, 32 under soft shares like those of a single choice.
+    """
+    scores = choice.sign * choice.source
+    best = scores.detach().topk(k + 1, -1).values
+    edge = best[..., k - 1 : k + 1].mean(-1, keepdim=True)
+    width = (SHARE * (best[..., :1] - edge)).nan_to_num(nan=0.0, posinf=0.0)
+    inside = torch.sigmoid((scores - edge) / torch.where(width > 0, width, torch.ones_like(width)))
+    return inside / inside.sum(-1, keepdim=True)
 
 
 def _shares(choice: Choice) -> Tensor:
@@ -348,7 +389,8 @@ def choose(call: Call) -> None:
     dim = call.raw(CHOOSES[call.name], "dim")
     if dim is None and call.name in ("argmax", "argmin", "max", "min"):
         return
-    small = call.name in ("argmin", "min", "kthvalue") or call.kwargs.get("largest") is False
+    rises = call.name in ("sort", "argsort") and not call.raw(2, "descending")
+    small = rises or call.name in ("argmin", "min", "kthvalue") or call.raw(3, "largest") is False
     if isinstance(dim, int | None):
         place = (-1 if dim is None else dim) % source.ndim
         call.book.choices[id(indices)] = Choice(indices, source, place, -1.0 if small else 1.0)
