@@ -188,8 +188,12 @@ def pooled() -> nn.Module:
     return nn.Sequential(*blocks, nn.Flatten(), nn.Linear(784, 64), nn.SiLU(), nn.Linear(64, 10))
 
 
+def voter(seed: int) -> nn.Module:
+    return fitted(f"voter-{seed}", seeded(network, seed), training.Standard())
+
+
 def voters() -> nn.Module:
-    return Votes([standard(), *(fitted(f"voter-{i}", seeded(network, i), training.Standard()) for i in (1, 2))]).eval()
+    return Votes([standard(), *map(voter, (1, 2))]).eval()
 
 
 def masked(name: str, model: Any, *through: Any, cause: str = "dead", note: str, first: Literal["right", "wrong"] = "right") -> Case:
@@ -197,9 +201,9 @@ def masked(name: str, model: Any, *through: Any, cause: str = "dead", note: str,
     return Case(name, "held out", "masked", model, PGD, thorough(*through), cause=cause, note=note, held=first)
 
 
-def chance(name: str, model: Any, adaptive: Any, *, radius: float = 0.1, note: str) -> Case:
+def chance(name: str, model: Any, adaptive: Any, *, radius: float = 0.1, note: str, first: Literal["right", "wrong"] = "right") -> Case:
     """A random defense of ours."""
-    common: dict[str, Any] = {"judge": by_votes, "random": True, "radius": radius, "note": note, "held": "right"}
+    common: dict[str, Any] = {"judge": by_votes, "random": True, "radius": radius, "note": note, "held": first}
     return Case(name, "held out", "masked", model, PGD, adaptive, cause="random", **common)
 
 

@@ -201,7 +201,8 @@ def test_what_needs_a_logarithm_is_told_from_logits() -> None:
     assert unlogged(logits.softmax(1)) == "probabilities"
     assert unlogged(torch.cat([logits.softmax(1), torch.full((1, 5), torch.nan)])) == "probabilities"
     assert unlogged((20 * logits).exp()) == unlogged((20 * logits - 60).exp()) == "positive scores that span decades"
-    for scores in (logits, logits.log_softmax(1), logits.sigmoid(), logits.relu(), logits.exp(), logits.softmax(1)[:7]):
+    labels = torch.eye(5).repeat(4, 1)
+    for scores in (logits, logits.log_softmax(1), logits.sigmoid(), logits.relu(), logits.exp(), logits.softmax(1)[:7], labels):
         assert not unlogged(scores)
 
 

@@ -20,7 +20,7 @@ from epsball.auditing.checks import Scene
 from epsball.auditing.checks.binarize import planted_inputs_are_found
 from epsball.auditing.plan import PAYS
 from epsball.auditing.preflight import look
-from epsball.auditing.react import ALIKE, FAR, REACH, TRUE, After, alike, truth
+from epsball.auditing.react import ALIKE, BLANK, FAR, REACH, TRUE, After, alike, blank, truth
 from epsball.auditing.referee import Referee
 from epsball.auditing.results import Finding, ModelReport
 from epsball.auditing.run import Plan, canaries, prepare
@@ -33,7 +33,8 @@ HIDDEN: dict[str, tuple[Callable[[nn.Module, Tensor], Tensor], str]] = {
     "detached": (lambda net, x: net(x.detach()), "no-gradient"),
     "without gradient": (without_gradient, "no-gradient"),
     "saturated": (lambda net, x: 1000 * net(x), "gradient"),
-    "probabilities": (lambda net, x: (300 * net(x)).softmax(1), "probabilities"),
+    "probabilities": (lambda net, x: (30 * net(x)).softmax(1), "probabilities"),
+    "certainties": (lambda net, x: (300 * net(x)).softmax(1), "no-gradient"),
     "lying": (lambda net, x: net(Reversed.apply(x)), "false-gradient"),
     "random": (lambda net, x: net(x + 0.05 * torch.randn_like(x)), "random"),
 }
@@ -106,22 +107,44 @@ def test_gradients_that_jump_do_not_and_are_smoothed() -> None:
     assert [s.attack.name for s in stages if s.beyond] == ["near_0.25", "near_1", "square"]
 
 
-def test_gradients_that_hold_for_short_ways_only_are_not_relied_on() -> None:
-    """Waves over which every gradient is right, and so is its neighbor, but no step as long as the radius."""
+def waves(net: nn.Module, x: Tensor) -> Tensor:
+    """Every gradient is right, and so is its neighbor, but for no step as long as the radius."""
+    return net(x + 0.03 * torch.sin(100 * x))
 
-    def waves(net: nn.Module, x: Tensor) -> Tensor:
-        return net(x + 0.03 * torch.sin(100 * x))
 
-    bench = look(eb.wrap(Around(waves)), digits().x, digits().y)
-    assert min(alike(bench, 0), truth(bench, 0)) > 0.9
-    assert truth(bench, 0, REACH) < FAR
-    sheet, _ = prepared(waves, "default")
+def cut(net: nn.Module, x: Tensor) -> Tensor:
+    """Most pixels are black or white, whatever small changes they meet."""
+    return net((4 * (x - 0.5) + 0.5).clamp(0, 1))
+
+
+def test_how_far_gradients_hold_and_what_they_leave_out_is_measured() -> None:
+    data, seen = digits(), {}
+    for change in (waves, cut):
+        bench = look(eb.wrap(Around(change)), data.x, data.y)
+        assert alike(bench, 0) > 0.8
+        seen[change] = truth(bench, 0), truth(bench, 0, REACH), blank(bench)
+    assert seen[waves][0] > 0.9 > FAR > seen[waves][1]
+    assert seen[waves][2] < 0.1 < BLANK < seen[cut][2]
+
+
+@pytest.mark.parametrize("change", [waves, cut])
+def test_where_gradients_do_not_suffice_others_search_beside_them(change: Callable[[nn.Module, Tensor], Tensor]) -> None:
+    sheet, _ = prepared(change, "default")
     assert sheet.sight.rough
     assert {f.id: f.status for f in sheet.findings}["rough"] == "note"
     beyond = [s for s in stages_of(sheet, sheet.rounds[0], "default") if s.beyond]
     blind = [(name, pays) for name in ("square", "simba") for pays in (0, PAYS)]
     assert [(s.attack.name, s.pays) for s in beyond] == [("near_0.25", 0), ("near_1", 0), *blind]
     assert [longer.rows / search.rows for search, longer in zip(beyond[2::2], beyond[3::2], strict=True)] == [4, 4]
+
+
+def test_features_of_parts_that_take_turns_are_not_read() -> None:
+    """A model that draws which of its parts answers has features of one width, then of another."""
+    wide = nn.Sequential(nn.Flatten(), nn.Linear(64, 48), nn.ReLU(), nn.Linear(48, 10))
+    sheet, referee = prepared(lambda net, x: net(x) if torch.rand(()) < 0.5 else 2 * net(x) + 0 * wide(x))
+    sheet.subject.victim.model.get_submodule("module").add_module("wide", wide)  # after the preflight, which it would not change
+    scene = Scene(sheet, referee, sheet.rounds[0], 0, sheet.sight.victim)
+    assert ["skipped" in flag.message for flag in planted_inputs_are_found(scene)] == [True]
 
 
 def test_what_breaks_only_beyond_its_own_gradients_is_said(tmp_path: Path) -> None:

@@ -248,6 +248,7 @@ CASES = {
     "winners": Case(lambda: Activated(winners), 60, 62, ("compare", "mask")),
     "winners by index": Case(lambda: Activated(winners_by_index), 60, 62, ("choice", "mask")),
     "mean sparse": Case(lambda: Activated(near_the_mean), 63, 62, ("compare", "mask")),
+    "best of all": Case(around(lambda net, x: (net(x) == net(x).amax(1, keepdim=True)).float()), 4, 62, ("compare",)),
     "signs": Case(signs, 4, 62, ("sign",)),
     "nearest": Case(lambda: Neighbors(lambda d: d.topk(7, largest=False).indices), 8, 36, ("one_hot",)),
     "first of a sort": Case(lambda: Neighbors(lambda d: d.argsort(1)[:, :7]), 8, 36, ("one_hot",)),

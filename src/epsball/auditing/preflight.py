@@ -85,14 +85,14 @@ def look(victim: Victim, x: Tensor, y: Tensor) -> Bench:
 def unlogged(output: Tensor) -> str:
     """What scores are that steer better by their logarithm; empty where they are neither, or fewer than 8 rows.
 
-    Probabilities: every row lies in [0, 1] and sums to 1 within 1e-4. Densities: nothing is below 0, and in most rows the best score is
-    more than a thousand times the second, so that no loss sees any other class.
+    Probabilities: every row lies in [0, 1] and sums to 1 within 1e-4, and some lie between. Densities: nothing is below 0, and in most
+    rows the best score is more than a thousand times the second, so that no loss sees any other class.
     """
     fine = output[valid(output)]
     if len(fine) < 8 or output.shape[1] < 2 or not bool((fine >= 0).all()):
         return ""
     if bool((fine <= 1).all() and ((fine.sum(1) - 1).abs() < 1e-4).all()):
-        return "probabilities"
+        return "probabilities" if bool(((fine > 0) & (fine < 1)).any()) else ""  # the logarithm of a label leads nowhere
     best, second = fine.topk(2, 1).values.unbind(1)
     return "positive scores that span decades" if bool(((second > 0) & (best > 1000 * second)).double().mean() > 0.5) else ""
 

@@ -112,7 +112,7 @@ def step(call: Call) -> Shadow:
 
 
 def compare(call: Call) -> Shadow:
-    """a > b -> sigmoid((a - b) / w); a == b -> a bump of height 1."""
+    """a > b -> sigmoid((a - b) / w); a == b -> a bump of height 1, or half of one where a sample's a never passes b, as at a maximum."""
     a, b = call.twin(0), call.twin(1)
     if not isinstance(a, Tensor) and not isinstance(b, Tensor):
         return None
@@ -123,6 +123,9 @@ def compare(call: Call) -> Shadow:
     rise = torch.sigmoid(gap / call.book.width(gap))
     if call.name in ("eq", "ne"):
         bump = 4 * rise * (1 - rise)
+        for side, half in ((1, 2 * rise), (-1, 2 - 2 * rise)):  # the top of a bump has no slope
+            whole = call.book.by_sample((side * gap.detach() <= 0).to(gap.dtype)).amin(1)
+            bump = torch.where(call.book.spread(whole, gap) > 0, half, bump)
         return bump if call.name == "eq" else 1 - bump
     call.gap = gap.detach()
     return rise

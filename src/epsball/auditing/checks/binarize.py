@@ -94,9 +94,9 @@ def planted_inputs_are_found(scene: Scene) -> Iterator[Flag]:
     rows = scene.correct(SAMPLE)
     if not isinstance(scene.threat, Linf | L2) or len(rows) < FEWEST or scene.current.radius == 0:
         return
-    features = _features(scene)
     problem, started = scene.problem(rows, height, "planted inputs"), time.perf_counter()
-    if features is None or features.outputs(problem.x, problem.tally).shape[1] == 0:
+    features = _features(scene, problem)
+    if features is None:
         reason = "The binarization test was skipped: the model shows no linear layer whose input could be read."
         yield Flag(id="binarization", severity="info", message=reason)
         return
@@ -137,17 +137,22 @@ class _Trial:
         return outcome
 
 
-def _features(scene: Scene) -> Victim | None:
+def _features(scene: Scene, problem: Problem) -> Victim | None:
     """The features of the model itself, looked at as the searches look at its scores: relaxed and averaged where these are.
 
-    Features of a relaxed model would not do: what was given a gradient there runs beside the tensors that a layer is called with.
+    Features of a relaxed model would not do: what was given a gradient there runs beside the tensors that a layer is called with. None
+    where there are none, or now so many and now others, as of a model that draws which of its parts answers.
     """
     own, sight = scene.sheet.subject.victim, scene.sheet.sight
     if not isinstance(own.model, nn.Module):
         return None
-    features = own.twin(Features(own.model))
+    features, draws = own.twin(Features(own.model)), scene.victim.draws if sight.random else 1
+    with features:
+        widths = {features.outputs(problem.x, problem.tally).shape[1] for _ in range(draws)}
+    if len(widths) > 1 or 0 in widths:
+        return None
     features = features.relaxed(distrust=CUSTOM in sight.hidden) if sight.hidden else features
-    return features.averaged(scene.victim.draws) if sight.random else features
+    return features.averaged(draws) if sight.random else features
 
 
 def _planes(problem: Problem, features: Victim) -> tuple[Crossed, Tensor]:
