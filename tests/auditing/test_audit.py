@@ -616,13 +616,14 @@ def test_models_of_other_precisions(dtype: torch.dtype, tmp_path: Path) -> None:
 
 
 def test_losses_that_disagree_are_flagged_without_the_preflights_help(tmp_path: Path) -> None:
-    """Scores x 1000 kill the gradient of cross-entropy and leave that of the margin."""
+    """Scores x 1000 kill the gradient of cross-entropy and leave that of the margin, which searches climb: a warning."""
     x, y, weights = blobs(n=128, classes=4, features=30)
     sheet, referee = prepare(
         Subject(wrap(nn.Sequential(linear(weights), Scale(1000.0)).eval()), x, y, torch.arange(128), "blobs", {}),
         Plan((parse_threat("linf:0.2"),), "fast"),
     )
-    assert [f.id for f in losses_agree(Scene(sheet, referee, sheet.rounds[0], 0, sheet.subject.victim))] == ["losses-disagree"]
+    found = [*losses_agree(Scene(sheet, referee, sheet.rounds[0], 0, sheet.subject.victim))]
+    assert [(f.id, f.severity) for f in found] == [("losses-disagree", "warn")]
     honest, judge = prepare(Subject(wrap(linear(weights)), x, y, torch.arange(128), "blobs", {}), Plan((parse_threat("linf:0.2"),), "fast"))
     assert not [*losses_agree(Scene(honest, judge, honest.rounds[0], 0, honest.subject.victim))]
     assert referee.rows > 0

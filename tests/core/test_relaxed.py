@@ -236,6 +236,7 @@ class Case:
 CASES = {
     "binarization": Case(around(lambda net, x: net((x > 0.5).float())), 8, 35, ("compare",)),
     "three bits": Case(around(lambda net, x: net((x * 7).round() / 7)), 4, 60, ("round",)),
+    "leftovers": Case(around(lambda net, x: net(x - (x * 7 % 1) / 7)), 20, 60, ("remainder",)),
     "bytes": Case(around(lambda net, x: net((x * 7).to(torch.uint8).float() / 7)), 4, 62, ("integers",)),
     "JPEG": Case(around(lambda net, x: net(jpeg(x))), 4, 62, ("detach", "numpy")),
     "thermometer": Case(lambda: coded(thermometer), 4, 61, ("compare",)),

@@ -103,6 +103,15 @@ def divided(call: Call) -> Shadow:
     return b / a if call.name == "rfloordiv" else a / b  # type: ignore[no-any-return]
 
 
+def leftover(call: Call) -> Shadow:
+    """x mod m = x - m floor(x / m), with floor as the identity: a constant. Its own derivative cancels that of x where it cuts steps."""
+    x = call.twin(0)
+    if not isinstance(x, Tensor) or not soft(x):
+        return AS_IT_IS
+    call.named("remainder")
+    return 0 * x
+
+
 def step(call: Call) -> Shadow:
     """sign(x) -> tanh(x / 2 w), Heaviside -> sigmoid(x / w)."""
     call.named(call.name)
@@ -356,6 +365,7 @@ BREAKS: dict[str, Callable[[Call], Shadow]] = {
     **dict.fromkeys(("fake_quantize_per_tensor_affine", "fake_quantize_per_channel_affine"), straight),
     **dict.fromkeys(("to", "type", "type_as", "long", "int", "short", "char", "byte", "bool", "float", "double", "half", "bfloat16"), cast),
     **dict.fromkeys(("floor_divide", "floordiv", "rfloordiv", "div"), divided),
+    **dict.fromkeys(("remainder", "fmod", "mod", "frac"), leftover),
     **dict.fromkeys(("sign", "sgn", "heaviside"), step),
     **dict.fromkeys(("gt", "ge", "lt", "le", "greater", "greater_equal", "less", "less_equal", "eq", "ne"), compare),
     **dict.fromkeys(("detach", "data"), detached),
