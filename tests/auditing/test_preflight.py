@@ -214,6 +214,14 @@ def test_densities_are_followed_by_their_logarithm_and_change_no_verdict(tmp_pat
     assert mended.results[0].trustworthy
 
 
+def test_scores_of_several_labels_keep_their_sign(tmp_path: Path) -> None:
+    """Above 0 every label is given: the logarithm of what spans decades would take most of them back."""
+    model = eb.wrap(Around(lambda net, x: 0.5 * net(x).softmax(1) + 1e-20), outputs="multilabel")
+    report = eb.audit(model, (digits(64).x, torch.ones(64, 10)), "linf:0.1", effort="fast", out=tmp_path / "run").models[0]
+    assert "probabilities" not in {f.id for f in report.findings}
+    assert report.clean_accuracy.count == report.results[0].robust_accuracy.count == 64
+
+
 def test_training_mode_is_mended_and_put_back(tmp_path: Path) -> None:
     net = nn.Sequential(nn.Dropout(0.5), Around(lambda net, x: net(x)))
     net.train()

@@ -30,7 +30,7 @@ from epsball.auditing.stopping import Limits, Stopping
 from epsball.auditing.union import text, unions
 from epsball.auditing.verdict import FIXES, model_report
 from epsball.certify.bracket import Method
-from epsball.core import Access, Projects
+from epsball.core import Access, Projects, Untargeted
 from epsball.errors import BadInput, EpsballError, Refused
 from epsball.objectives import margin
 from epsball.store import evidence
@@ -122,7 +122,8 @@ def prepare(subject: Subject, plan: Plan) -> tuple[Sheet, Referee]:
     for spec in plan.threats:  # what cannot be changed in this way at all is told before any work
         nothing = torch.zeros(1, dtype=torch.float64)
         spec.threat.within(victim.box).start(subject.x[:1], nothing, None, nothing.long())
-    if victim.access > Access.LABELS and (what := unlogged(bench.output)):
+    # Of several labels a score above 0 is an answer of its own, which a logarithm would change.
+    if victim.access > Access.LABELS and isinstance(bench.goal, Untargeted) and (what := unlogged(bench.output)):
         mend = logarithm if what == "probabilities" else of_shares
         victim = victim.twin(After(victim.model, mend))
         message = f"The model answers with {what}; their logarithm is used as scores."
