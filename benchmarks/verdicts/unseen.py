@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from verdicts.bases import adversarial, images, standard
 from verdicts.case import Case, straight, thorough, undefended
 from verdicts.held_out import chance, masked, voter
-from verdicts.quantize import on
+from verdicts.quantize import Mute, on
 from verdicts.randomized import RANDOM, averaged
 from verdicts.search import Seen
 
@@ -38,24 +38,16 @@ class Around(nn.Module):
         return self.net(self.cleaned(x))
 
 
-class Same(torch.autograd.Function):
-    """The identity."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        return x.clone()
-
-
-class Backwards(Same):
-    """The gradient's negative."""
+class Backwards(Mute):
+    """The identity, with the gradient's negative."""
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
         return -gradient
 
 
-class Nonsense(Same):
-    """Noise as large as the gradient."""
+class Nonsense(Mute):
+    """The identity, with noise as large as the gradient."""
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Tensor:

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import epsball as eb
-from epsball.auditing.preflight import examine, look, preflight, unlogged
+from epsball.auditing.preflight import DENSITIES, PROBABILITIES, examine, look, preflight, unlogged
 from epsball.auditing.results import ModelReport, Report
 from epsball.auditing.run import canaries
 from epsball.core import Victim
@@ -198,9 +198,9 @@ def test_probabilities_are_mended_and_change_no_verdict(tmp_path: Path) -> None:
 
 def test_what_needs_a_logarithm_is_told_from_logits() -> None:
     logits = torch.randn(20, 5, generator=torch.Generator().manual_seed(0))
-    assert unlogged(logits.softmax(1)) == "probabilities"
-    assert unlogged(torch.cat([logits.softmax(1), torch.full((1, 5), torch.nan)])) == "probabilities"
-    assert unlogged((20 * logits).exp()) == unlogged((20 * logits - 60).exp()) == "positive scores that span decades"
+    assert unlogged(logits.softmax(1)) == PROBABILITIES
+    assert unlogged(torch.cat([logits.softmax(1), torch.full((1, 5), torch.nan)])) == PROBABILITIES
+    assert unlogged((20 * logits).exp()) == unlogged((20 * logits - 60).exp()) == DENSITIES
     labels = torch.eye(5).repeat(4, 1)
     for scores in (logits, logits.log_softmax(1), logits.sigmoid(), logits.relu(), logits.exp(), logits.softmax(1)[:7], labels):
         assert not unlogged(scores)

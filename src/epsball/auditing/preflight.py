@@ -82,6 +82,9 @@ def look(victim: Victim, x: Tensor, y: Tensor) -> Bench:
     return Bench(victim, part, as_goal(y[: len(part)].to(victim.device)), output)
 
 
+PROBABILITIES, DENSITIES = "probabilities", "positive scores that span decades"
+
+
 def unlogged(output: Tensor) -> str:
     """What scores are that steer better by their logarithm; empty where they are neither, or fewer than 8 rows.
 
@@ -92,9 +95,9 @@ def unlogged(output: Tensor) -> str:
     if len(fine) < 8 or output.shape[1] < 2 or not bool((fine >= 0).all()):
         return ""
     if bool((fine <= 1).all() and ((fine.sum(1) - 1).abs() < 1e-4).all()):
-        return "probabilities" if bool(((fine > 0) & (fine < 1)).any()) else ""  # the logarithm of a label leads nowhere
+        return PROBABILITIES if bool(((fine > 0) & (fine < 1)).any()) else ""  # the logarithm of a label leads nowhere
     best, second = fine.topk(2, 1).values.unbind(1)
-    return "positive scores that span decades" if bool(((second > 0) & (best > 1000 * second)).double().mean() > 0.5) else ""
+    return DENSITIES if bool(((second > 0) & (best > 1000 * second)).double().mean() > 0.5) else ""
 
 
 def answers(bench: Bench) -> Iterator[Finding]:

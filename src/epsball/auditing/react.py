@@ -28,14 +28,14 @@ JUDGES = 100
 """Draws that a ruling on a random model takes; the majority rules. What is stored is ruled on again and again, and each time a narrow
 majority may turn: with 40 draws 8 of 83 did so on a network that drops activations."""
 CUSTOM = "custom backward"
-"""Among the hidden steps: the derivatives that custom autograd functions bring along are not to be trusted."""
+"""The hidden step where derivatives that custom autograd functions bring along are false."""
 TRUE, ASIDE, DIRECTIONS = 0.2, 0.02, 8
 """Median correlation of changes measured and foretold below which gradients are false; how far aside, as a share of the box; how often."""
 FAR, REACH = 0.75, 0.05
-"""The same correlation farther aside, below which searches that go by gradients need others beside them. Honest networks on digits, MNIST
-and CIFAR-10: 0.92 and above; a contrast raised 50 times 0.67, catastrophic overfitting 0.85 and, twice as far aside, 0.45."""
+"""The same correlation farther aside, below which searches that go by gradients need others beside them
+(`benchmarks/gradients.py`)."""
 BLANK = 0.75
-"""Share of features without a gradient above which the same holds. Honest networks: 0.39 and below; behind a clipped contrast 0.99."""
+"""Share of features without a gradient above which the same holds."""
 WIDE, CALM = 50.0, 5.0
 """Median gap between the two best scores from which on scores are divided, and the gap that is left."""
 
@@ -63,6 +63,11 @@ class Sight:
     def random(self) -> bool:
         """The model draws random numbers."""
         return self.judges > 1
+
+    @property
+    def distrusts(self) -> bool:
+        """Derivatives that custom autograd functions bring along are gone around."""
+        return CUSTOM in self.hidden
 
 
 class After(nn.Module):

@@ -21,7 +21,7 @@ from epsball.auditing.cascade import Tick, attack_round, eight_bit, planned_rows
 from epsball.auditing.checks import CONTRACT_CHECKS, Scene, rounding_matters, transfer_finds_nothing
 from epsball.auditing.cost import Estimate, most_forwards
 from epsball.auditing.plan import QUERIES
-from epsball.auditing.preflight import examine, look, unlogged
+from epsball.auditing.preflight import DENSITIES, examine, look, unlogged
 from epsball.auditing.react import After, react
 from epsball.auditing.referee import Referee
 from epsball.auditing.results import Canaries, Finding, ModelReport
@@ -124,7 +124,7 @@ def prepare(subject: Subject, plan: Plan) -> tuple[Sheet, Referee]:
         spec.threat.within(victim.box).start(subject.x[:1], nothing, None, nothing.long())
     # Of several labels a score above 0 is an answer of its own, which a logarithm would change.
     if victim.access > Access.LABELS and isinstance(bench.goal, Untargeted) and (what := unlogged(bench.output)):
-        mend = logarithm if what == "probabilities" else of_shares
+        mend = of_shares if what == DENSITIES else logarithm
         victim = victim.twin(After(victim.model, mend))
         message = f"The model answers with {what}; their logarithm is used as scores."
         findings.append(Finding(id="probabilities", status="mended", message=message))

@@ -21,7 +21,7 @@ LEAK = 0.1
 RIVALS, COOL = 10, 0.3
 """Runners-up whose mean gap to the best score sets the temperature of a soft choice, and the share of that gap."""
 MOST = 4096
-"""Rows of a table whose numbers are compared, and labels."""
+"""Most rows of a table that is looked up by a number, and most labels."""
 
 
 class AsItIs:
@@ -297,11 +297,15 @@ def looked_up(call: Call) -> Shadow:
         return None
     call.named("lookup")
     if labels:
-        share = share @ torch.nn.functional.one_hot(table.long()).to(share.dtype)
-        call.book.choices[id(call.real)] = Choice(call.real, share.clamp_min(1e-12).log(), share.ndim - 1, 1.0, settled=True)
-        return (share * torch.arange(share.shape[-1], dtype=share.dtype, device=share.device)).sum(-1)
+        return _labels(call, share @ torch.nn.functional.one_hot(table.long()).to(share.dtype))
     mean: Tensor = share.to(table.dtype) @ table.detach().reshape(len(table), -1)
     return mean.reshape(call.real.shape)
+
+
+def _labels(call: Call, share: Tensor) -> Tensor:
+    """The mean label under the shares (..., labels) of each, which are remembered for whoever asks which label it is."""
+    call.book.choices[id(call.real)] = Choice(call.real, share.clamp_min(1e-12).log(), share.ndim - 1, 1.0, settled=True)
+    return (share * torch.arange(share.shape[-1], dtype=share.dtype, device=share.device)).sum(-1)
 
 
 def _some_of(call: Call, choice: Choice) -> None:
@@ -335,8 +339,7 @@ def _rows(book: Book, index: Tensor, n: int) -> Tensor | None:
 def _members(choice: Choice, k: int) -> Tensor:
     """(..., n) share of each score among the k best: soft steps at the middle between the last that is in and the first that is out.
 
-    Their width is a share of the best one's distance from there. Of 47 samples before a vote of the 15 nearest among 5,000 images 30
-    were left standing so, 32 under soft shares like those of a single choice.
+    Their width is a share of the best one's distance from there. What decides a vote is who is about to join or to leave, not who is best.
     """
     scores = choice.sign * choice.source
     best = scores.detach().topk(k + 1, -1).values

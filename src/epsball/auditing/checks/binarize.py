@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from epsball.attacks import apgd, noise
 from epsball.auditing.checks.scene import Scene, attack_row
-from epsball.auditing.react import CUSTOM
 from epsball.auditing.results import Flag
 from epsball.auditing.statistics import clopper_pearson
 from epsball.core import AttackLike, Outcome, Problem, Victim, valid
@@ -151,7 +150,7 @@ def _features(scene: Scene, problem: Problem) -> Victim | None:
         widths = {features.outputs(problem.x, problem.tally).shape[1] for _ in range(draws)}
     if len(widths) > 1 or 0 in widths:
         return None
-    features = features.relaxed(distrust=CUSTOM in sight.hidden) if sight.hidden else features
+    features = features.relaxed(distrust=sight.distrusts) if sight.hidden else features
     return features.averaged(draws) if sight.random else features
 
 
