@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -24,7 +25,7 @@ from epsball.auditing.plan import EFFORTS, Stage, default_threats, plan, row_bud
 from epsball.auditing.results import AttackRow, Flag, Report
 from epsball.auditing.run import Plan, prepare
 from epsball.auditing.sheet import Subject
-from epsball.core import Attack
+from epsball.core import Attack, AttackLike
 from epsball.errors import BadInput
 from epsball.models import wrap
 from epsball.models.digits import load
@@ -613,6 +614,15 @@ def test_models_of_other_precisions(dtype: torch.dtype, tmp_path: Path) -> None:
     assert report.models[0].results[0].trustworthy
     plain = audited(tmp_path, "plain", threats="linf:0.1")
     assert abs(report.models[0].results[0].robust_accuracy.count - plain.models[0].results[0].robust_accuracy.count) <= 1
+
+
+@pytest.mark.parametrize(("stronger", "severity"), [("margin", "warn"), ("cross_entropy", "block")])
+def test_losses_that_disagree_block_where_searches_climb_the_weaker_one(stronger: str, severity: str) -> None:
+    def search(attack: AttackLike, rows: Tensor, what: str) -> SimpleNamespace:
+        return SimpleNamespace(reached=torch.full((64,), what == stronger))
+
+    scene: Any = SimpleNamespace(correct=torch.arange, threat=named("linf"), search=search)
+    assert [(f.id, f.severity) for f in losses_agree(scene)] == [("losses-disagree", severity)]
 
 
 def test_losses_that_disagree_are_flagged_without_the_preflights_help(tmp_path: Path) -> None:
