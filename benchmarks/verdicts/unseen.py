@@ -357,7 +357,6 @@ CASES: tuple[Case, ...] = (
         around(Cut),
         lambda m: m.soft,
         undefended,
-        cause="rough",
         note="8 (x - 0.5) + 0.5, cut to 0..1; 96 for 86 at first sight, on 50 images, and blocked",
         first="wrong",
     ),

@@ -22,11 +22,13 @@ from epsball.attacks import apgd, pgd
 from epsball.core import Eot, Tally, Victim, autograd
 from epsball.core.relaxed import Relaxed
 from epsball.core.relaxed_book import SHARE
+from epsball.core.relaxed_rules import Split
 from epsball.errors import BadInput
 from epsball.models.digits import load
 from epsball.objectives import margin
 
 Change = Callable[[nn.Module, Tensor], Tensor]
+Forward = Callable[[Tensor], Tensor]
 
 
 class Around(nn.Module):
@@ -430,6 +432,76 @@ def test_a_comparison_has_the_slope_of_its_sigmoid() -> None:
     assert torch.allclose(gradient, torch.tensor([1.0, 2.0]) * soft * (1 - soft) / width, atol=1e-7)
 
 
+@pytest.mark.parametrize(
+    ("steep", "gentle", "low"),
+    [
+        (lambda t: torch.tanh(1000 * (t - 0.5)), lambda t: torch.tanh(8 * (t - 0.5)), -1.0),
+        (lambda t: torch.sigmoid(1000 * (t - 0.5)), lambda t: torch.sigmoid(8 * (t - 0.5)), 0.0),
+        (lambda t: (1000 * (t - 0.5)).clamp(0, 1), lambda t: t.clamp(0.3, 0.6), 0.0),
+        (lambda t: F.hardtanh(1000 * (t - 0.5)), lambda t: F.hardtanh(t, 0.3, 0.6), -1.0),
+    ],
+)
+def test_what_saturates_is_a_step_and_what_does_not_is_left_alone(steep: Forward, gentle: Forward, low: float) -> None:
+    x = tensor([[0.1, 0.4], [0.7, 0.9]])
+    relaxed = Relaxed(lambda t: steep(t).flip(1))  # of what squashes last, the scores before it are followed
+    answer, gradient = slope(relaxed, x)
+    width = SHARE * (x - 0.5).abs().mean(1, keepdim=True)
+    soft = torch.sigmoid((x - 0.5) / width)
+    assert torch.equal(answer, steep(x).flip(1))
+    assert torch.allclose(gradient, torch.tensor([2.0, 1.0]) * (1 - low) * soft * (1 - soft) / width, rtol=0.02, atol=1e-4)
+    assert [name.split()[0] for name in relaxed.met] == ["steep"]
+    relaxed = Relaxed(lambda t: gentle(t).flip(1))
+    assert torch.equal(slope(relaxed, x)[1], slope(lambda t: gentle(t).flip(1), x)[1])
+    assert relaxed.met == ()
+
+
+def test_a_gate_that_tears_passes_a_gradient_and_one_that_does_not_is_left_alone() -> None:
+    x = tensor([[0.1, 0.4], [0.7, 0.9]])
+    relaxed = Relaxed(lambda t: torch.where((t.mean(1) > 0.5).unsqueeze(1), 9 * t, -9 * t))
+    gap = x.mean(1, keepdim=True) - 0.5
+    rise = torch.sigmoid(gap / gap.abs())
+    own = 9 * gap.sign() * torch.tensor([1.0, 2.0])
+    through = (torch.tensor([1.0, 2.0]) * 18 * x).sum(1, keepdim=True) * rise * (1 - rise) / gap.abs() / 2
+    assert torch.allclose(slope(relaxed, x)[1], own + through, rtol=1e-4)
+    assert relaxed.met == ("compare", "mask")
+    leaky = Around(lambda net, t: net(torch.where(t > 0.5, t - 0.5, 0.1 * (t - 0.5))), small())
+    assert torch.equal(slope(Relaxed(leaky), inputs())[1], slope(leaky, inputs())[1])
+
+
+def best_of_rank_one(t: Tensor, turned: bool = False) -> Tensor:
+    u, s, v = torch.svd(t) if turned else torch.linalg.svd(t)
+    return ((u[..., :1] * s[..., None, :1]) @ (v[..., :1].mT if turned else v[..., :1, :])).flatten(1)
+
+
+@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize("shape", [(5, 5), (3, 6), (6, 3)])
+def test_the_slope_of_a_low_rank_stays_finite(shape: tuple[int, int], turned: bool) -> None:
+    u, v = (torch.eye(n)[:, :1] for n in shape)
+    x = tensor([[[3.0]], [[2.0]]]) * (u @ v.mT)
+    relaxed = Relaxed(lambda t: best_of_rank_one(t, turned))
+    weights = torch.arange(1.0, shape[0] * shape[1] + 1).reshape(shape).expand(2, -1, -1)
+    p, q = u @ u.mT, v @ v.mT
+    assert not bool(torch.isfinite(slope(lambda t: best_of_rank_one(t, turned), x)[1]).all())
+    assert torch.allclose(slope(relaxed, x)[1], p @ weights + weights @ q - p @ weights @ q, rtol=1e-2, atol=1e-2)
+    assert relaxed.met == ("svd",)
+
+
+def test_the_slope_of_a_low_rank_is_its_own_where_values_differ() -> None:
+    x = tensor(rng(3).random((2, 4, 4)))
+    relaxed = Relaxed(best_of_rank_one)
+    assert torch.equal(slope(relaxed, x)[1], slope(best_of_rank_one, x)[1])
+    parts = torch.linalg.svd(x)
+    leaf = x.clone().requires_grad_()
+    a, b, c = Split.apply(leaf, *parts)
+    answer = ((a[..., :2] * b[..., None, :2]) @ c[..., :2, :]).flatten(1)
+    (found,) = torch.autograd.grad((answer * torch.arange(1.0, 17.0)).sum(), leaf)
+    other = x.clone().requires_grad_()
+    u, s, v = torch.linalg.svd(other)
+    answer = ((u[..., :2] * s[..., None, :2]) @ v[..., :2, :]).flatten(1)
+    (expected,) = torch.autograd.grad((answer * torch.arange(1.0, 17.0)).sum(), other)
+    assert torch.allclose(found, expected, rtol=0.02, atol=0.02 * float(expected.abs().max()))
+
+
 def test_what_numpy_scales_is_scaled_on_the_way_back() -> None:
     x = inputs()
     relaxed = Relaxed(lambda t: torch.from_numpy(1 - 3 * t.detach().numpy()).flatten(1))
@@ -465,7 +537,7 @@ def by_hand(net: nn.Module, x: Tensor) -> Tensor:
     h = x.clamp(0, 1).flatten(1) - 0.4
     h = h * (h > 0)
     h = torch.where(h > 0.3, torch.tensor(0.3), h)
-    h = torch.where(h > 0.1, h, 0.1 * h).masked_fill(h < 0, 0.0)
+    h = torch.where(h > 0.1, 0.1 + 0.5 * (h - 0.1), h).masked_fill(h < 0, 0.0)
     if h.max().item() > 100 or bool(torch.isnan(h).any()):
         h = h / 2
     h = F.normalize(h, dim=1)

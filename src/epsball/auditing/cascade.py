@@ -59,7 +59,7 @@ def stages_of(sheet: Sheet, current: Round, effort: str) -> tuple[Stage, ...]:
         stages += [replace(s, victim=sight.victim, beyond=bool(stages)) for s in (*known, *more)]
     if sight.rough:
         stages += [replace(s, victim=sight.victim, beyond=True) for s in smooth(threat, effort)]
-    doubted = sight.hidden or sight.rough or not sight.own or sheet.found("gradient")
+    doubted = sight.hidden or sight.rough or sight.blind or not sight.own
     return (*stages, *beside(threat, model.access, effort, sheet.queries)) if doubted else tuple(stages)
 
 

@@ -48,7 +48,8 @@ class Sight:
         victim: whose gradients are followed: the model itself, or a twin. own: the model's own gradients are worth following first.
         bare: of a random model, `victim` without its averaging.
         judges: draws of a ruling; more than 1 for a random model. hidden: steps of the model that have no useful derivative.
-        rough: gradients jump, so smoothed ones are tried as well. dead: no gradient is to be had anywhere.
+        rough: gradients jump, so smoothed ones are tried as well. dead: no gradient is to be had anywhere. blind: for some samples
+            none is, whichever way the model is looked at.
     """
 
     victim: Victim
@@ -58,6 +59,7 @@ class Sight:
     hidden: tuple[str, ...] = ()
     rough: bool = False
     dead: bool = False
+    blind: bool = False
 
     @property
     def random(self) -> bool:
@@ -95,7 +97,7 @@ def react(bench: Bench, findings: list[Finding], effort: str, seed: int) -> tupl
     """
     if bench.thrifty:
         return Sight(bench.victim), findings
-    faults = {f.id for f in findings if f.status == "block"}
+    faults = {f.id for f in findings if f.status == "block" or (f.id == "gradient" and f.status == "warn")}
     sight, findings = _backward(bench, findings, faults, seed)
     if "random" in faults and not faults & {"batch", "state"}:
         draws = DRAWS[effort]
@@ -190,7 +192,7 @@ def alike(bench: Bench, seed: int) -> float:
             found.append(slopes(bench.victim, _aside(bench.victim, x, 0.01, Key.of(seed).fold(side)), goal, margin).flatten(1).double())
         except Exception:  # a model without gradients has none that jump
             return 1.0
-    cosines = torch.nn.functional.cosine_similarity(found[0], found[1], dim=1)
+    cosines = cosine(*found)
     fine = torch.isfinite(cosines) & (found[0].norm(dim=1) > 0) & (found[1].norm(dim=1) > 0)
     return float(cosines[fine].median()) if bool(fine.any()) else 1.0
 
@@ -230,12 +232,12 @@ def _backward(bench: Bench, findings: list[Finding], faults: set[str], seed: int
         if not left:
             return Sight(way, own, hidden=hidden), [_met(f, message) if f.id in dead else f for f in findings]
         if left[0].id == "gradient" and not own:
-            partly.append((way, f"{message} {left[0].message}"))
-    if partly:  # alive for some samples: better than nothing, and still a reason to doubt
-        way, message = partly[-1]
-        return Sight(way, own, hidden=hidden), [_met(f, message, "block") if f.id in dead else f for f in findings]
-    blind = [_met(f, " Only searches without gradients ran.", "block") if f.id == "no-gradient" else f for f in findings]
-    return Sight(best, own, hidden=hidden, dead=not own), blind
+            partly.append((way, f"{message} {left[0].message}", left[0].status))
+    if partly:  # alive for some samples: better than nothing, and a reason to doubt where they are too few
+        way, message, status = partly[-1]
+        return Sight(way, own, hidden=hidden, blind=True), [_met(f, message, status) if f.id in dead else f for f in findings]
+    unmet = [_met(f, " Only searches without gradients ran.", "block") if f.id == "no-gradient" else f for f in findings]
+    return Sight(best, own, hidden=hidden, dead=not own, blind=own), unmet
 
 
 @dataclass(frozen=True)

@@ -146,11 +146,11 @@ class Book:
     # Softness, always by sample: no neighbor in the batch may change a sample's gradient.
 
     def width(self, gap: Tensor) -> Tensor:
-        """A fitting width of a soft step at `gap`: a share of its mean size within each sample."""
+        """A fitting width of a soft step at `gap`: a share of its mean size within each sample, all of it where a sample has but one."""
         size = gap.detach().abs()
-        size = torch.where(torch.isfinite(size), size, torch.zeros_like(size))
-        mean = self.by_sample(size).mean(1)
-        return self.spread(torch.where(mean > 0, SHARE * mean, torch.ones_like(mean)), gap)
+        sizes = self.by_sample(torch.where(torch.isfinite(size), size, torch.zeros_like(size)))
+        mean, share = sizes.mean(1), SHARE if sizes.shape[1] > 1 else 1.0
+        return self.spread(torch.where(mean > 0, share * mean, torch.ones_like(mean)), gap)
 
     def jumps(self, change: Tensor, gap: Tensor) -> Tensor:
         """Whether a switch at `gap` tears: somewhere in the sample the two sides differ by far more than the distance to the switch.

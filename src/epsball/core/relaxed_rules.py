@@ -20,6 +20,10 @@ LEAK = 0.1
 
 RIVALS, COOL = 10, 0.3
 """Runners-up whose mean gap to the best score sets the temperature of a soft choice, and the share of that gap."""
+FLAT, CUT = 10.0, 3.0
+"""Half widths of its rising stretch that a sample's mean lies off the middle of a tanh or sigmoid, or of a bound, that counts as a step."""
+NARROW = 1e-4
+"""Differences of squared singular values below this share of the largest square count as none."""
 MOST = 4096
 """Most rows of a table that is looked up by a number, and most labels."""
 
@@ -29,7 +33,7 @@ class AsItIs:
 
 
 AS_IT_IS = AsItIs()
-Shadow = Tensor | AsItIs | None
+Shadow = Tensor | tuple[Tensor, ...] | AsItIs | None
 
 
 @dataclass
@@ -120,6 +124,33 @@ def step(call: Call) -> Shadow:
     return soft_step if call.name == "heaviside" else 2 * soft_step - 1
 
 
+def saturated(call: Call) -> Shadow:
+    """tanh, sigmoid and bounds, where a sample's mean lies far outside the stretch in which they rise: a step, of that sample's width."""
+    x = call.twin(0)
+    found = _stretch(call)
+    if found is None or not isinstance(x, Tensor) or not x.is_floating_point():
+        return AS_IT_IS
+    low, high, middle, half, most = found
+    place = (x - middle) / half
+    mean = call.book.by_sample(place.detach().abs().nan_to_num(nan=0.0, posinf=0.0)).mean(1)
+    far = call.book.spread(mean > most, place)
+    if not bool(far.any()):
+        return AS_IT_IS
+    call.named(f"steep {call.name}")
+    soft_step = low + (high - low) * torch.sigmoid(place / call.book.width(place))
+    return torch.where(far, soft_step, call.function(x, *call.args[1:], **call.kwargs))
+
+
+def _stretch(call: Call) -> tuple[float, float, float, float, float] | None:
+    """Lowest and highest value, middle and half width of the stretch that rises, and how many such halves off the middle are far."""
+    if call.name in ("tanh", "sigmoid"):
+        return (-1.0, 1.0, 0.0, 1.0, FLAT) if call.name == "tanh" else (0.0, 1.0, 0.0, 2.0, FLAT)
+    low, high = call.raw(1, "min_val" if call.name == "hardtanh" else "min"), call.raw(2, "max_val" if call.name == "hardtanh" else "max")
+    if not isinstance(low, int | float) or not isinstance(high, int | float) or not low < high:
+        return None
+    return low, high, (low + high) / 2, (high - low) / 2, CUT
+
+
 def compare(call: Call) -> Shadow:
     """a > b -> sigmoid((a - b) / w); a == b -> a bump of height 1, or half of one where a sample's a never passes b, as at a maximum."""
     a, b = call.twin(0), call.twin(1)
@@ -166,6 +197,52 @@ def chosen(call: Call) -> Shadow:
     share = _shares(choice)
     number = (share * torch.arange(share.shape[-1], dtype=share.dtype, device=share.device)).sum(-1)
     return number.unsqueeze(choice.dim) if call.real.ndim == choice.source.ndim else number
+
+
+class Split(torch.autograd.Function):
+    """Singular values and vectors that are given, with a derivative that stays finite where singular values are equal.
+
+    Townsend 2016 (differentiating the singular value decomposition) with 1 / d -> d / (d^2 + (`NARROW` s_1^2)^2) for differences d of
+    squares, as Liao et al. 2019, arXiv 1903.09650, section III, broaden them. Shapes: x (..., m, n), u (..., m, k), s (..., k),
+    vh (..., k, n).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, u: Tensor, s: Tensor, vh: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The given ones."""
+        ctx.save_for_backward(u, s, vh)
+        return u.clone(), s.clone(), vh.clone()
+
+    @staticmethod
+    def backward(ctx: Any, du: Tensor, ds: Tensor, dvh: Tensor) -> tuple[Tensor, None, None, None]:
+        """The slope of x."""
+        u, s, vh = ctx.saved_tensors
+        v, dv, square, best = vh.mH, dvh.mH, s.square(), s[..., :1].square().clamp_min(1e-30)
+        apart = square.unsqueeze(-2) - square.unsqueeze(-1)
+        f = apart / (apart.square() + (NARROW * best.unsqueeze(-1)).square())
+        inverse = s / (square + NARROW * best)
+        left, right = f * (u.mH @ du), f * (v.mH @ dv)
+        inner = (left + left.mH) * s.unsqueeze(-2) + s.unsqueeze(-1) * (right + right.mH) + torch.diag_embed(ds)
+        slope = u @ inner @ vh
+        slope = slope + (du - u @ (u.mH @ du)) * inverse.unsqueeze(-2) @ vh
+        slope = slope + u @ (inverse.unsqueeze(-1) * (dvh - (dvh @ v) @ vh))
+        return slope, None, None, None
+
+
+def split(call: Call) -> Shadow:
+    """Singular value decompositions whose values are close: a derivative that stays finite."""
+    x = call.twin(0)
+    if not isinstance(x, Tensor) or not isinstance(call.real, tuple) or len(call.real) != 3 or x.is_complex():
+        return AS_IT_IS
+    u, s, v = (part.detach() for part in call.real)
+    if bool(((s[..., :-1] - s[..., 1:]) > 1e-4 * s[..., :1]).all()):
+        return AS_IT_IS
+    turned, k = call.name == "svd", s.shape[-1]
+    left, values, right = Split.apply(x, u[..., :k], s, v[..., :k].mT if turned else v[..., :k, :])  # type: ignore[no-untyped-call]
+    call.named("svd")
+    rest = (u[..., k:], v[..., k:] if turned else v[..., k:, :])
+    right = right.mT if turned else right
+    return torch.cat((left, rest[0]), -1), values, torch.cat((right, rest[1]), -1 if turned else -2)
 
 
 # Operations that pass on what a twin carries.
@@ -217,9 +294,22 @@ def _switch(call: Call, condition: Tensor, a: Any, b: Any) -> Shadow:
         call.named("mask")
         switched: Tensor = soft_condition * (a - b) + b
         return switched
-    if soft_condition is None or gap is None or (_carries(a) and _carries(b)):
+    if soft_condition is None or gap is None:
         return torch.where(condition, a, b)
+    if _carries(a) and _carries(b):
+        return _joined(call, condition, gap, soft_condition, a, b)
     return _gated(call, gap, soft_condition, a, b) if _carries(a) else _gated(call, -gap, 1 - soft_condition, b, a)
+
+
+def _joined(call: Call, condition: Tensor, gap: Tensor, kept: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """where(mask, a, b) of two branches with gradients: its own derivative, and where the mask tears that of the soft mask as well."""
+    change = (a - b).detach()
+    torn = call.book.jumps(change, gap)
+    both = torch.where(condition, a, b)
+    if not bool(torn.any()):
+        return both
+    call.named("mask")
+    return both + torch.where(torn, change, torch.zeros_like(change)) * (kept - kept.detach())
 
 
 def _gated(call: Call, gap: Tensor, kept: Tensor, x: Tensor, other: Tensor) -> Tensor:
@@ -255,6 +345,13 @@ def shifted(call: Call) -> Shadow:
     return call.twin(0) * factor if call.name in ("lshift", "bitwise_left_shift") else call.twin(0) / factor  # type: ignore[no-any-return]
 
 
+def turned(call: Call) -> Shadow:
+    """Another shape of a mask: its gap goes along."""
+    gap = call.book.gap(call.args[0])
+    call.gap = None if gap is None else call.function(gap, *call.args[1:], **call.kwargs)
+    return AS_IT_IS
+
+
 def some(call: Call) -> Shadow:
     """any -> the largest, all -> the smallest."""
     reduce = torch.amax if call.name == "any" else torch.amin
@@ -287,6 +384,8 @@ def looked_up(call: Call) -> Shadow:
     if (choice := call.book.choice(table)) is not None:
         _some_of(call, choice)
         return AS_IT_IS
+    if call.book.gap(table) is not None:
+        return turned(call)
     if not isinstance(index, Tensor) or soft(index) or index.dtype is torch.bool or call.book.twin(table) is not None:
         return AS_IT_IS
     labels = not soft(table) and table.ndim == 1 and len(table) > 0 and int(table.min()) >= 0 and int(table.max()) < MOST
@@ -374,6 +473,8 @@ BREAKS: dict[str, Callable[[Call], Shadow]] = {
     **dict.fromkeys(("detach", "data"), detached),
     **dict.fromkeys(("bucketize", "searchsorted"), bucket),
     **dict.fromkeys(("argmax", "argmin"), chosen),
+    **dict.fromkeys(("svd", "linalg_svd"), split),
+    **dict.fromkeys(("tanh", "sigmoid", "clamp", "clip", "hardtanh"), saturated),
 }
 """Name of an operation -> its rule, whatever its arguments carry."""
 CARRIES: dict[str, Callable[[Call], Shadow]] = {
@@ -390,6 +491,8 @@ CARRIES: dict[str, Callable[[Call], Shadow]] = {
     "one_hot": one_hot,
     **dict.fromkeys(("embedding", "getitem"), looked_up),
     "dequantize": cast,
+    **dict.fromkeys(("unsqueeze", "squeeze", "view", "view_as", "reshape", "reshape_as", "expand", "expand_as", "flatten"), turned),
+    **dict.fromkeys(("permute", "transpose", "movedim", "repeat", "repeat_interleave"), turned),
 }
 """The same, where an argument carries what autograd does not see."""
 CHOOSES = {"topk": 2, "sort": 1, "argsort": 1, "max": 1, "min": 1, "argmax": 1, "argmin": 1, "kthvalue": 2}
