@@ -190,6 +190,9 @@ def test_a_model_without_gradients_is_attacked_without_gradients(tmp_path: Path,
     result = audited(eb.wrap(Around(without_gradient)), tmp_path).models[0].results[0]
     assert [a.name for a in result.attacks] == ["noise", "square"]
     assert result.backwards == 0
+    assert not result.trustworthy
+    nothing = audited(eb.wrap(Around(without_gradient)), tmp_path / "far", "linf:0.6").models[0].results[0]
+    assert (nothing.value, nothing.trustworthy) == (0.0, True)  # what attacks may have missed cannot lower it
 
 
 def test_saturated_scores_are_divided_and_said(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from epsball.attacks import apgd, pgd
 from epsball.core import Eot, Tally, Victim, autograd
 from epsball.core.relaxed import Relaxed
 from epsball.core.relaxed_book import SHARE
-from epsball.core.relaxed_rules import Split
+from epsball.core.relaxed_layers import Split
 from epsball.errors import BadInput
 from epsball.models.digits import load
 from epsball.objectives import margin
@@ -352,6 +352,29 @@ def noisy(net: nn.Module, x: Tensor) -> Tensor:
         return net(F.dropout(x + 0.1 * torch.randn_like(x), 0.2, training=True))
 
 
+def eight_bits(weight: Tensor) -> Tensor:
+    return torch.quantize_per_tensor(weight, 0.01, 0, torch.qint8)
+
+
+def dynamic_linear(net: nn.Module, x: Tensor) -> Tensor:
+    packed = torch.ops.quantized.linear_prepack(eight_bits(torch.eye(64)), torch.zeros(64))
+    return net(torch.ops.quantized.linear_relu_dynamic(x.flatten(1), packed))
+
+
+def static_layers(net: nn.Module, x: Tensor) -> Tensor:
+    weight = eight_bits(torch.ones(1, 1, 3, 3) / 9)
+    packed = torch.ops.quantized.conv2d_prepack(weight, torch.zeros(1), [1, 1], [1, 1], [1, 1], 1)
+    y = torch.quantize_per_tensor(x, 0.01, 0, torch.quint8)
+    y = torch.ops.quantized.add(y, torch.ops.quantized.conv2d_relu(y, packed, 0.01, 0), 0.01, 0)
+    flat = torch.ops.quantized.linear_prepack(eight_bits(torch.eye(64)), torch.zeros(64))
+    return net(torch.ops.quantized.linear(y.flatten(1), flat, 0.01, 0).dequantize())
+
+
+def bag_of_words(net: nn.Module, x: Tensor) -> Tensor:
+    words = tensor(rng(4).random((16 * 64, 64))) / 64
+    return net(F.embedding_bag((x.flatten(1) * 15).round().long() + 16 * torch.arange(64), words, mode="sum"))
+
+
 TABLE = torch.linspace(0, 1, 8).square()
 RULES: dict[str, tuple[Change, tuple[str, ...]]] = {
     "floor": (lambda net, x: net((x * 7).floor() / 7), ("floor",)),
@@ -372,6 +395,9 @@ RULES: dict[str, tuple[Change, tuple[str, ...]]] = {
     "look-up": (lambda net, x: net(TABLE[(x * 7).long()]), ("integers", "lookup")),
     "embedding": (lambda net, x: net(F.embedding((x * 7).long(), TABLE[:, None])), ("integers", "lookup")),
     "codebook": (codebook, ("lookup",)),
+    "bag of words": (bag_of_words, ("integers", "lookup", "round")),
+    "8-bit weights": (dynamic_linear, ("int8 layer",)),
+    "8-bit layers": (static_layers, ("int8 layer", "quantize_per_tensor")),
     "buckets": (lambda net, x: net(torch.bucketize(x.detach(), torch.linspace(0, 1, 9)) / 8), ("bucketize", "detach")),
     "largest": (lambda net, x: F.one_hot(net(x).argmax(1), 4).float(), ("one_hot",)),
     "detach": (lambda net, x: net(x.detach()), ("detach",)),
@@ -390,7 +416,9 @@ RULES: dict[str, tuple[Change, tuple[str, ...]]] = {
 }
 
 
-@pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor", "ignore:Converting a tensor with requires_grad")
+@pytest.mark.filterwarnings(
+    "ignore:torch.quantize_per_tensor", "ignore:Converting a tensor with requires_grad", "ignore:quantized.*autograd kernel"
+)
 @pytest.mark.parametrize("name", list(RULES))
 def test_a_rule_changes_no_value_and_passes_a_gradient(name: str) -> None:
     change, met = RULES[name]
@@ -422,6 +450,12 @@ def test_straight_through_is_the_gradient_at_the_rounded_point() -> None:
         assert torch.allclose(slope(Relaxed(Around(change, net)), x)[1], there, atol=1e-6)
     for change in (lambda n, t: n(t.detach()), inference, lambda n, t: n(torch.tensor(t.tolist()))):
         assert torch.allclose(slope(Relaxed(Around(change, net)), x)[1], slope(net, x)[1], atol=1e-6)
+
+
+def test_layers_of_eight_bits_have_the_slope_of_their_float_weights() -> None:
+    net, x = small(), inputs()
+    there = slope(net, tensor(Around(dynamic_linear, nn.Identity())(x).numpy()))[1]
+    assert torch.allclose(slope(Relaxed(Around(dynamic_linear, net)), x)[1].flatten(1), there, atol=1e-5)
 
 
 def test_a_comparison_has_the_slope_of_its_sigmoid() -> None:

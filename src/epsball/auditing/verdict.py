@@ -27,6 +27,8 @@ FIXES = {
     "gradient": "Attack the scores before softmax and quantization, or replace the dead layer's backward pass.",
     "no-gradient": "Give a differentiable version of the model, or say that attackers see scores only: wrap(model, access=Access.SCORES).",
 }
+MISSED = frozenset({"no-gradient", "gradient"})
+"""What says no more than that attacks may have missed something."""
 
 
 def told(findings: list[Finding]) -> Iterator[Flag]:
@@ -53,7 +55,8 @@ def model_report(sheet: Sheet) -> ModelReport:
         flags.append(
             Flag(id="invalid", severity="warn", message=f"{unknown} clean outputs are NaN or infinite: they widen every interval.")
         )
-    results = [result(sheet, current, invalid, blocked=any(f.severity == "block" for f in flags)) for current in sheet.rounds]
+    doubts = frozenset(f.id for f in flags if f.severity == "block")
+    results = [result(sheet, current, invalid, doubts) for current in sheet.rounds]
     return ModelReport(
         name=subject.victim.name,
         data=subject.data,
@@ -85,8 +88,8 @@ def black_box_note(sheet: Sheet) -> Finding:
     return Finding(id="black-box", status="note", message=message + (f" The model as read: {'; '.join(said)}." if said else ""))
 
 
-def result(sheet: Sheet, current: Round, invalid: Tensor, blocked: bool) -> Result:
-    """One threat at one radius."""
+def result(sheet: Sheet, current: Round, invalid: Tensor, doubts: frozenset[str]) -> Result:
+    """One threat at one radius; `doubts` are ids of what blocks the whole model."""
     standing, unsure = sheet.standing(current.threat, current.radius), sheet.unsure(current.threat, current.radius)
     flags = list(current.flags)
     if not current.finished and not any(flag.id in EARLY for flag in flags):
@@ -101,13 +104,14 @@ def result(sheet: Sheet, current: Round, invalid: Tensor, blocked: bool) -> Resu
     sure, unknown = standing & ~unsure, int(unsure.sum()) + int(invalid.sum())
     if not unknown and not int(sure.sum()):  # what attacks may have missed cannot lower a number that is 0
         flags = [flag.model_copy(update={"severity": "warn"}) if flag.severity == "block" else flag for flag in flags]
+        doubts -= MISSED
     return Result(
         threat=current.threat,
         radius=current.radius,
         radius_text=current.text,
         robust_accuracy=rate(int(sure.sum()), len(sure), unknown, interval=sheet.interval),
         certified_accuracy=share(current.certified),
-        trustworthy=not blocked and not any(f.severity == "block" for f in flags),
+        trustworthy=not doubts and not any(f.severity == "block" for f in flags),
         after_rounding=rounded_rate(sheet, current, sure, unsure, invalid),
         forwards=sum(a.forwards for a in current.attacks),
         backwards=sum(a.backwards for a in current.attacks),

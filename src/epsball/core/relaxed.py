@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from epsball.core.relaxed_book import Book, Stand, following, stand
-from epsball.core.relaxed_rules import soft
+from epsball.core.relaxed_call import soft
 from epsball.core.relaxed_watch import Watch, no_memory
 
 

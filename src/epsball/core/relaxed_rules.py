@@ -7,13 +7,15 @@ value does not matter. `AS_IT_IS` leaves the operation's own derivative; `None` 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from epsball.core.relaxed_book import SHARE, Book, Choice
+from epsball.core.relaxed_call import AS_IT_IS, Call, Shadow, soft
+from epsball.core.relaxed_layers import INTEGER_LAYERS, integer_layer, integer_sum, split
 
 LEAK = 0.1
 """Share of the gradient that what is masked lets through: far below a threshold the soft mask alone passes next to nothing."""
@@ -22,57 +24,8 @@ RIVALS, COOL = 10, 0.3
 """Runners-up whose mean gap to the best score sets the temperature of a soft choice, and the share of that gap."""
 FLAT, CUT = 10.0, 3.0
 """Half widths of its rising stretch that a sample's mean lies off the middle of a tanh or sigmoid, or of a bound, that counts as a step."""
-NARROW = 1e-4
-"""Differences of squared singular values below this share of the largest square count as none."""
 MOST = 4096
 """Most rows of a table that is looked up by a number, and most labels."""
-
-
-class AsItIs:
-    """The operation's own derivative is the right one."""
-
-
-AS_IT_IS = AsItIs()
-Shadow = Tensor | tuple[Tensor, ...] | AsItIs | None
-
-
-@dataclass
-class Call:
-    """One operation of the model, with its real answer. Rules may leave marks: the gap of a mask, another name."""
-
-    book: Book
-    name: str
-    function: Callable[..., Any]
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    old: Tensor | None = None  # the twin of what an in-place operation changes, from before
-    base: Tensor | None = None  # the same of what that is a view of
-    real: Any = None
-    gap: Tensor | None = None
-    label: str = field(default="")
-
-    def raw(self, place: int, word: str = "") -> Any:
-        """An argument by place or by word."""
-        return self.args[place] if len(self.args) > place else self.kwargs.get(word)
-
-    def twin(self, place: int, word: str = "") -> Any:
-        """The same, as what carries its gradient; integers and masks become floats."""
-        given = self.raw(place, word)
-        if place == 0 and self.old is not None:
-            return self.old
-        twin = self.book.twin(given)
-        if twin is not None:
-            return twin
-        return given if not isinstance(given, Tensor) or soft(given) else given.float()
-
-    def named(self, label: str) -> None:
-        """What `met` will say."""
-        self.label = label
-
-
-def soft(tensor: Tensor) -> bool:
-    """Whether its dtype can carry a gradient."""
-    return tensor.is_floating_point() or tensor.is_complex()
 
 
 def _carries(value: Any) -> bool:
@@ -197,52 +150,6 @@ def chosen(call: Call) -> Shadow:
     share = _shares(choice)
     number = (share * torch.arange(share.shape[-1], dtype=share.dtype, device=share.device)).sum(-1)
     return number.unsqueeze(choice.dim) if call.real.ndim == choice.source.ndim else number
-
-
-class Split(torch.autograd.Function):
-    """Singular values and vectors that are given, with a derivative that stays finite where singular values are equal.
-
-    Townsend 2016 (differentiating the singular value decomposition) with 1 / d -> d / (d^2 + (`NARROW` s_1^2)^2) for differences d of
-    squares, as Liao et al. 2019, arXiv 1903.09650, section III, broaden them. Shapes: x (..., m, n), u (..., m, k), s (..., k),
-    vh (..., k, n).
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, u: Tensor, s: Tensor, vh: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The given ones."""
-        ctx.save_for_backward(u, s, vh)
-        return u.clone(), s.clone(), vh.clone()
-
-    @staticmethod
-    def backward(ctx: Any, du: Tensor, ds: Tensor, dvh: Tensor) -> tuple[Tensor, None, None, None]:
-        """The slope of x."""
-        u, s, vh = ctx.saved_tensors
-        v, dv, square, best = vh.mH, dvh.mH, s.square(), s[..., :1].square().clamp_min(1e-30)
-        apart = square.unsqueeze(-2) - square.unsqueeze(-1)
-        f = apart / (apart.square() + (NARROW * best.unsqueeze(-1)).square())
-        inverse = s / (square + NARROW * best)
-        left, right = f * (u.mH @ du), f * (v.mH @ dv)
-        inner = (left + left.mH) * s.unsqueeze(-2) + s.unsqueeze(-1) * (right + right.mH) + torch.diag_embed(ds)
-        slope = u @ inner @ vh
-        slope = slope + (du - u @ (u.mH @ du)) * inverse.unsqueeze(-2) @ vh
-        slope = slope + u @ (inverse.unsqueeze(-1) * (dvh - (dvh @ v) @ vh))
-        return slope, None, None, None
-
-
-def split(call: Call) -> Shadow:
-    """Singular value decompositions whose values are close: a derivative that stays finite."""
-    x = call.twin(0)
-    if not isinstance(x, Tensor) or not isinstance(call.real, tuple) or len(call.real) != 3 or x.is_complex():
-        return AS_IT_IS
-    u, s, v = (part.detach() for part in call.real)
-    if bool(((s[..., :-1] - s[..., 1:]) > 1e-4 * s[..., :1]).all()):
-        return AS_IT_IS
-    turned, k = call.name == "svd", s.shape[-1]
-    left, values, right = Split.apply(x, u[..., :k], s, v[..., :k].mT if turned else v[..., :k, :])  # type: ignore[no-untyped-call]
-    call.named("svd")
-    rest = (u[..., k:], v[..., k:] if turned else v[..., k:, :])
-    right = right.mT if turned else right
-    return torch.cat((left, rest[0]), -1), values, torch.cat((right, rest[1]), -1 if turned else -2)
 
 
 # Operations that pass on what a twin carries.
@@ -401,6 +308,17 @@ def looked_up(call: Call) -> Shadow:
     return mean.reshape(call.real.shape)
 
 
+def bagged(call: Call) -> Shadow:
+    """Sums and means of rows of a table: of the average rows under soft shares."""
+    index, table, mode = call.args[0], call.raw(1, "weight"), call.kwargs.get("mode", "mean")
+    share = _rows(call.book, index, len(table)) if isinstance(index, Tensor) and index.ndim == 2 and mode in ("sum", "mean") else None
+    if share is None:
+        return None
+    call.named("lookup")
+    rows: Tensor = share.to(table.dtype) @ table.detach()
+    return rows.sum(1) if mode == "sum" else rows.mean(1)
+
+
 def _labels(call: Call, share: Tensor) -> Tensor:
     """The mean label under the shares (..., labels) of each, which are remembered for whoever asks which label it is."""
     call.book.choices[id(call.real)] = Choice(call.real, share.clamp_min(1e-12).log(), share.ndim - 1, 1.0, settled=True)
@@ -474,6 +392,7 @@ BREAKS: dict[str, Callable[[Call], Shadow]] = {
     **dict.fromkeys(("bucketize", "searchsorted"), bucket),
     **dict.fromkeys(("argmax", "argmin"), chosen),
     **dict.fromkeys(("svd", "linalg_svd"), split),
+    **dict.fromkeys(INTEGER_LAYERS, integer_layer),
     **dict.fromkeys(("tanh", "sigmoid", "clamp", "clip", "hardtanh"), saturated),
 }
 """Name of an operation -> its rule, whatever its arguments carry."""
@@ -490,7 +409,9 @@ CARRIES: dict[str, Callable[[Call], Shadow]] = {
     **dict.fromkeys(("lshift", "rshift", "bitwise_left_shift", "bitwise_right_shift"), shifted),
     "one_hot": one_hot,
     **dict.fromkeys(("embedding", "getitem"), looked_up),
+    "embedding_bag": bagged,
     "dequantize": cast,
+    **dict.fromkeys(("add", "add_relu"), integer_sum),
     **dict.fromkeys(("unsqueeze", "squeeze", "view", "view_as", "reshape", "reshape_as", "expand", "expand_as", "flatten"), turned),
     **dict.fromkeys(("permute", "transpose", "movedim", "repeat", "repeat_interleave"), turned),
 }

@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from epsball.core.relaxed_book import Book, following, stand
-from epsball.core.relaxed_rules import AS_IT_IS, BREAKS, CARRIES, CHOOSES, Call, choose, soft
+from epsball.core.relaxed_call import AS_IT_IS, Call, soft
+from epsball.core.relaxed_rules import BREAKS, CARRIES, CHOOSES, choose
 
 _ATTRIBUTES: tuple[str, ...] = ("T", "mT", "H", "mH", "data", "real", "imag")
 """Attributes of a tensor that are tensors."""
