@@ -369,11 +369,12 @@ def test_doubts_about_attacks_are_moot_where_nothing_stands(left: int) -> None:
     current = sheet.rounds[0]
     current.flags.append(Flag(id="curve", severity="block", message="Something was missed."))
     sheet.hits["linf"].radius[left:] = current.radius
-    found = verdict.result(sheet, current, torch.zeros(20, dtype=torch.bool), blocked=False)
+    found = verdict.result(sheet, current, torch.zeros(20, dtype=torch.bool), frozenset({"no-gradient"} if not left else ()))
     assert found.robust_accuracy.count == left
     assert found.trustworthy is not bool(left)
     assert {flag.id: flag.severity for flag in found.flags}["curve"] == ("block" if left else "warn")
-    assert not verdict.result(sheet, current, torch.zeros(20, dtype=torch.bool), blocked=True).trustworthy
+    for doubt in ("random", "no-gradient") if left else ("random",):
+        assert not verdict.result(sheet, current, torch.zeros(20, dtype=torch.bool), frozenset({doubt})).trustworthy
 
 
 @pytest.mark.parametrize("at", [1, 4, 20])

@@ -117,6 +117,14 @@ def cut(net: nn.Module, x: Tensor) -> Tensor:
     return net((4 * (x - 0.5) + 0.5).clamp(0, 1))
 
 
+def hooked(net: nn.Module, x: Tensor) -> Tensor:
+    """A hook lets the gradient of every ninth pixel pass."""
+    y = x + 0
+    if y.requires_grad:
+        y.register_hook(lambda slope: torch.where(torch.arange(64).reshape(8, 8) % 9 == 4, slope, 0.0))
+    return net(y)
+
+
 def test_how_far_gradients_hold_and_what_they_leave_out_is_measured() -> None:
     data, seen = digits(), {}
     for change in (waves, cut):
@@ -127,7 +135,7 @@ def test_how_far_gradients_hold_and_what_they_leave_out_is_measured() -> None:
     assert seen[waves][2] < 0.1 < BLANK < seen[cut][2]
 
 
-@pytest.mark.parametrize("change", [waves, cut])
+@pytest.mark.parametrize("change", [waves, hooked])
 def test_where_gradients_do_not_suffice_others_search_beside_them(change: Callable[[nn.Module, Tensor], Tensor]) -> None:
     sheet, _ = prepared(change, "default")
     assert sheet.sight.rough
@@ -136,6 +144,13 @@ def test_where_gradients_do_not_suffice_others_search_beside_them(change: Callab
     blind = [(name, pays) for name in ("square", "simba") for pays in (0, PAYS)]
     assert [(s.attack.name, s.pays) for s in beyond] == [("near_0.25", 0), ("near_1", 0), *blind]
     assert [longer.rows / search.rows for search, longer in zip(beyond[2::2], beyond[3::2], strict=True)] == [4, 4]
+
+
+def test_what_bounds_cut_off_is_gone_around() -> None:
+    sheet, _ = prepared(cut, "default")
+    assert (sheet.sight.hidden, sheet.sight.rough) == (("steep clamp",), False)
+    assert blank(look(sheet.sight.victim, digits().x, digits().y)) < 0.1
+    assert {"pgd", "square", "simba"} <= {s.attack.name for s in stages_of(sheet, sheet.rounds[0], "default") if s.beyond}
 
 
 def test_features_of_parts_that_take_turns_are_not_read() -> None:
