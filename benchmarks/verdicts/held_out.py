@@ -196,9 +196,11 @@ def voters() -> nn.Module:
     return Votes([standard(), *map(voter, (1, 2))]).eval()
 
 
-def masked(name: str, model: Any, *through: Any, cause: str = "dead", note: str, first: Literal["right", "wrong"] = "right") -> Case:
+def masked(
+    name: str, model: Any, *through: Any, cause: str = "dead", radius: float = 0.2, note: str, first: Literal["right", "wrong"] = "right"
+) -> Case:
     """A defense of ours that hides gradients."""
-    return Case(name, "held out", "masked", model, PGD, thorough(*through), cause=cause, note=note, held=first)
+    return Case(name, "held out", "masked", model, PGD, thorough(*through), cause=cause, radius=radius, note=note, held=first)
 
 
 def chance(name: str, model: Any, adaptive: Any, *, radius: float = 0.1, note: str, first: Literal["right", "wrong"] = "right") -> Case:

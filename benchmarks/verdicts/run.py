@@ -17,11 +17,21 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from verdicts import bases, color, controls, detect, held_out, quantize, randomized, stages, table, train, unseen
+from verdicts import bases, color, controls, detect, held_out, quantize, randomized, stages, table, train, unseen, unseen_again
 from verdicts.case import Case
 
 RESULTS = Path(__file__).resolve().parents[1] / "results" / "verdicts.md"
-CASES = (*quantize.CASES, *randomized.CASES, *train.CASES, *detect.CASES, *controls.CASES, *color.CASES, *held_out.CASES, *unseen.CASES)
+CASES = (
+    *quantize.CASES,
+    *randomized.CASES,
+    *train.CASES,
+    *detect.CASES,
+    *controls.CASES,
+    *color.CASES,
+    *held_out.CASES,
+    *unseen.CASES,
+    *unseen_again.CASES,
+)
 
 
 def chosen(names: list[str]) -> list[Case]:

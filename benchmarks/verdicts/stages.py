@@ -154,8 +154,11 @@ def result(case: Case, stage: str, data: Dataset, seed: int, model: Callable[[],
 def name(case: Case, stage: str, data: Dataset, seed: int, model: nn.Module) -> str:
     """Hash of the samples, the weights, the code of the model and of the attacks, and for audits that of the library."""
     digest = hashlib.blake2b(digest_size=8)
-    for tensor in (data.x, data.y, *model.state_dict().values()):
-        digest.update(tensor.contiguous().numpy().tobytes())
+    for value in (data.x, data.y, *model.state_dict().values()):
+        for tensor in value if isinstance(value, tuple) else (value,):  # packed weights of 8 bits come with their bias
+            if isinstance(tensor, torch.Tensor):
+                whole = tensor.int_repr() if tensor.is_quantized else tensor
+                digest.update(whole.contiguous().detach().numpy().tobytes())
     words = [repr(model), str(case.radius), str(seed), *code({type(part) for part in model.modules()})]
     if stage in ("naive", "true"):
         attacks = (case.naive,) if stage == "naive" else (case.naive, *case.adaptive)

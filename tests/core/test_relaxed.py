@@ -21,7 +21,7 @@ import epsball as eb
 from epsball.attacks import apgd, pgd
 from epsball.core import Eot, Tally, Victim, autograd
 from epsball.core.relaxed import Relaxed
-from epsball.core.relaxed_book import SHARE
+from epsball.core.relaxed_book import ALONE, SHARE
 from epsball.core.relaxed_layers import Split
 from epsball.errors import BadInput
 from epsball.models.digits import load
@@ -452,6 +452,7 @@ def test_straight_through_is_the_gradient_at_the_rounded_point() -> None:
         assert torch.allclose(slope(Relaxed(Around(change, net)), x)[1], slope(net, x)[1], atol=1e-6)
 
 
+@pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor", "ignore:quantized.*autograd kernel")
 def test_layers_of_eight_bits_have_the_slope_of_their_float_weights() -> None:
     net, x = small(), inputs()
     there = slope(net, tensor(Around(dynamic_linear, nn.Identity())(x).numpy()))[1]
@@ -492,10 +493,10 @@ def test_what_saturates_is_a_step_and_what_does_not_is_left_alone(steep: Forward
 def test_a_gate_that_tears_passes_a_gradient_and_one_that_does_not_is_left_alone() -> None:
     x = tensor([[0.1, 0.4], [0.7, 0.9]])
     relaxed = Relaxed(lambda t: torch.where((t.mean(1) > 0.5).unsqueeze(1), 9 * t, -9 * t))
-    gap = x.mean(1, keepdim=True) - 0.5
-    rise = torch.sigmoid(gap / gap.abs())
-    own = 9 * gap.sign() * torch.tensor([1.0, 2.0])
-    through = (torch.tensor([1.0, 2.0]) * 18 * x).sum(1, keepdim=True) * rise * (1 - rise) / gap.abs() / 2
+    gap, weights = x.mean(1, keepdim=True) - 0.5, torch.tensor([1.0, 2.0])
+    rise = torch.sigmoid(gap / (ALONE * gap.abs()))
+    own = 9 * weights * gap.sign()
+    through = (weights * 18 * x).sum(1, keepdim=True) * rise * (1 - rise) / (ALONE * gap.abs()) / 2
     assert torch.allclose(slope(relaxed, x)[1], own + through, rtol=1e-4)
     assert relaxed.met == ("compare", "mask")
     leaky = Around(lambda net, t: net(torch.where(t > 0.5, t - 0.5, 0.1 * (t - 0.5))), small())

@@ -210,13 +210,11 @@ def _switch(call: Call, condition: Tensor, a: Any, b: Any) -> Shadow:
 
 def _joined(call: Call, condition: Tensor, gap: Tensor, kept: Tensor, a: Tensor, b: Tensor) -> Tensor:
     """where(mask, a, b) of two branches with gradients: its own derivative, and where the mask tears that of the soft mask as well."""
-    change = (a - b).detach()
-    torn = call.book.jumps(change, gap)
-    both = torch.where(condition, a, b)
+    torn, both = call.book.jumps(a - b, gap), torch.where(condition, a, b)
     if not bool(torn.any()):
         return both
     call.named("mask")
-    return both + torch.where(torn, change, torch.zeros_like(change)) * (kept - kept.detach())
+    return torch.where(torn, kept * a + (1 - kept) * b, both)
 
 
 def _gated(call: Call, gap: Tensor, kept: Tensor, x: Tensor, other: Tensor) -> Tensor:
