@@ -152,12 +152,12 @@ def by_chance(threat: Projects, effort: str, model: Victim, draws: int) -> tuple
     return tuple(Stage(_fading(threat, steps, loss), steps * k, model.averaged(k), keep=True) for k, loss in ways)
 
 
-def _fading(threat: Projects, steps: int, objective: Objective) -> AttackLike:
-    """A climb for scores with noise in them; PGD_0 under L0."""
+def _fading(threat: Projects, steps: int, objective: Objective, name: str = "eot") -> AttackLike:
+    """A climb whose steps shrink whatever the scores say, for scores with noise in them; PGD_0 under L0."""
     if isinstance(threat, L0):
         return pgd(steps, threat=threat, objective=objective)
     way = Descent(Fading(0.25), chain(Momentum(0.75), Steepest()), noise=True)
-    return Attack("eot", threat, objective, way, steps)
+    return Attack(name, threat, objective, way, steps)
 
 
 def deeper_by_chance(threat: Projects, effort: str) -> AttackLike:
@@ -169,11 +169,13 @@ def deeper_by_chance(threat: Projects, effort: str) -> AttackLike:
 def through_twins(threat: Projects, effort: str, classes: int) -> tuple[Stage, ...]:
     """For models of which a twin gives gradients: every class and both losses, whoever came near.
 
-    Their scores fall in steps, so that how near a search came tells little. `classes` is 0 where nothing can be aimed at.
+    Their scores fall in steps, so that how near a search came tells little, and APGD, which goes back to its best score, stays where
+    it is: two climbs go on whatever the scores say. `classes` is 0 where nothing can be aimed at.
     """
     if effort == "fast" or not isinstance(threat, Linf | L2 | L1):
         return ()
-    return _aimed(threat, 20, 3, 9, classes), _restarted(threat, effort, 3)
+    onward = _runs(_fading(threat, 100, cross_entropy, "onward"), 100, 1, 2)
+    return _aimed(threat, 20, 3, 9, classes), _restarted(threat, effort, 3), onward
 
 
 def smooth(threat: Projects, effort: str) -> tuple[Stage, ...]:
