@@ -193,7 +193,7 @@ def test_a_twins_search_goes_on_whoever_came_near() -> None:
     )
     known = {(repr(s.attack), s.near, s.pays) for s in own}
     added = [s for s in more if (repr(s.attack), s.near, s.pays) not in known]
-    assert [s.attack.name for s in added] == ["apgd_t", "apgd"]
+    assert [s.attack.name for s in added] == ["apgd_t", "apgd", "onward"]
     assert all((s.near, s.pays) == (1.0, 0.0) and s.victim is sheet.sight.victim for s in added)
 
 
