@@ -22,7 +22,7 @@ Leaf = tuple[np.ndarray, list[tuple[tuple[int, float], bool]]]
 
 
 def trained(trees: int) -> list[Any]:
-    """scikit-learn's trees, on the digits that no test looks at."""
+    """scikit-learn's trees, on the digits that are not asked about."""
     data = eb.load_data("digits")
     forest = RandomForestClassifier(trees, max_depth=8, random_state=0)
     rest = ~torch.isin(data.indices, digits(40).indices)
@@ -63,13 +63,11 @@ def reached(tree: Any, x: np.ndarray, node: int = 0, path: tuple[Any, ...] = ())
         yield shares(tree)[node], list(path)
         return
     feature, threshold = int(tree.feature[node]), float(np.float32(tree.threshold[node]))
-    low, high = max(x[feature] - RADIUS, 0.0), min(x[feature] + RADIUS, 1.0)
-    if low <= threshold:
-        open_ = (((feature, threshold), True),) if high > threshold else ()
-        yield from reached(tree, x, tree.children_left[node], path + open_)
-    if high > threshold:
-        open_ = (((feature, threshold), False),) if low <= threshold else ()
-        yield from reached(tree, x, tree.children_right[node], path + open_)
+    left, right = max(x[feature] - RADIUS, 0.0) <= threshold, min(x[feature] + RADIUS, 1.0) > threshold
+    for below, possible, child in ((True, left, tree.children_left), (False, right, tree.children_right)):
+        if possible:
+            choice = (((feature, threshold), below),) if left and right else ()
+            yield from reached(tree, x, child[node], path + choice)
 
 
 def breakable(trees: list[Any], x: np.ndarray, label: int) -> bool:

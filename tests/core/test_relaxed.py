@@ -21,8 +21,8 @@ import epsball as eb
 from epsball.attacks import apgd, pgd
 from epsball.core import Eot, Tally, Victim, autograd
 from epsball.core.relaxed import Relaxed
-from epsball.core.relaxed_book import ALONE, SHARE
-from epsball.core.relaxed_layers import Split
+from epsball.core.relaxed_book import SHARE, SHARE_OF_ONE
+from epsball.core.relaxed_layers import SingularValues
 from epsball.errors import BadInput
 from epsball.models.digits import load
 from epsball.objectives import margin
@@ -474,6 +474,8 @@ def test_a_comparison_has_the_slope_of_its_sigmoid() -> None:
         (lambda t: torch.sigmoid(1000 * (t - 0.5)), lambda t: torch.sigmoid(8 * (t - 0.5)), 0.0),
         (lambda t: (1000 * (t - 0.5)).clamp(0, 1), lambda t: t.clamp(0.3, 0.6), 0.0),
         (lambda t: F.hardtanh(1000 * (t - 0.5)), lambda t: F.hardtanh(t, 0.3, 0.6), -1.0),
+        (lambda t: (1000 * (t - 0.5)).clamp_(0, 1), lambda t: (t * 1).clamp_(0.3, 0.6), 0.0),
+        (lambda t: F.hardtanh(1000 * (t - 0.5), inplace=True), lambda t: F.hardtanh(t * 1, 0.3, 0.6, inplace=True), -1.0),
     ],
 )
 def test_what_saturates_is_a_step_and_what_does_not_is_left_alone(steep: Forward, gentle: Forward, low: float) -> None:
@@ -494,29 +496,29 @@ def test_a_gate_that_tears_passes_a_gradient_and_one_that_does_not_is_left_alone
     x = tensor([[0.1, 0.4], [0.7, 0.9]])
     relaxed = Relaxed(lambda t: torch.where((t.mean(1) > 0.5).unsqueeze(1), 9 * t, -9 * t))
     gap, weights = x.mean(1, keepdim=True) - 0.5, torch.tensor([1.0, 2.0])
-    rise = torch.sigmoid(gap / (ALONE * gap.abs()))
+    rise = torch.sigmoid(gap / (SHARE_OF_ONE * gap.abs()))
     own = 9 * weights * gap.sign()
-    through = (weights * 18 * x).sum(1, keepdim=True) * rise * (1 - rise) / (ALONE * gap.abs()) / 2
+    through = (weights * 18 * x).sum(1, keepdim=True) * rise * (1 - rise) / (SHARE_OF_ONE * gap.abs()) / 2
     assert torch.allclose(slope(relaxed, x)[1], own + through, rtol=1e-4)
     assert relaxed.met == ("compare", "mask")
     leaky = Around(lambda net, t: net(torch.where(t > 0.5, t - 0.5, 0.1 * (t - 0.5))), small())
     assert torch.equal(slope(Relaxed(leaky), inputs())[1], slope(leaky, inputs())[1])
 
 
-def best_of_rank_one(t: Tensor, turned: bool = False) -> Tensor:
-    u, s, v = torch.svd(t) if turned else torch.linalg.svd(t)
-    return ((u[..., :1] * s[..., None, :1]) @ (v[..., :1].mT if turned else v[..., :1, :])).flatten(1)
+def best_of_rank_one(t: Tensor, transposed: bool = False) -> Tensor:
+    u, s, v = torch.svd(t) if transposed else torch.linalg.svd(t)
+    return ((u[..., :1] * s[..., None, :1]) @ (v[..., :1].mT if transposed else v[..., :1, :])).flatten(1)
 
 
-@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("shape", [(5, 5), (3, 6), (6, 3)])
-def test_the_slope_of_a_low_rank_stays_finite(shape: tuple[int, int], turned: bool) -> None:
+def test_the_slope_of_a_low_rank_stays_finite(shape: tuple[int, int], transposed: bool) -> None:
     u, v = (torch.eye(n)[:, :1] for n in shape)
     x = tensor([[[3.0]], [[2.0]]]) * (u @ v.mT)
-    relaxed = Relaxed(lambda t: best_of_rank_one(t, turned))
+    relaxed = Relaxed(lambda t: best_of_rank_one(t, transposed))
     weights = torch.arange(1.0, shape[0] * shape[1] + 1).reshape(shape).expand(2, -1, -1)
     p, q = u @ u.mT, v @ v.mT
-    assert not bool(torch.isfinite(slope(lambda t: best_of_rank_one(t, turned), x)[1]).all())
+    assert not bool(torch.isfinite(slope(lambda t: best_of_rank_one(t, transposed), x)[1]).all())
     assert torch.allclose(slope(relaxed, x)[1], p @ weights + weights @ q - p @ weights @ q, rtol=1e-2, atol=1e-2)
     assert relaxed.met == ("svd",)
 
@@ -527,7 +529,7 @@ def test_the_slope_of_a_low_rank_is_its_own_where_values_differ() -> None:
     assert torch.equal(slope(relaxed, x)[1], slope(best_of_rank_one, x)[1])
     parts = torch.linalg.svd(x)
     leaf = x.clone().requires_grad_()
-    a, b, c = Split.apply(leaf, *parts)
+    a, b, c = SingularValues.apply(leaf, *parts)
     answer = ((a[..., :2] * b[..., None, :2]) @ c[..., :2, :]).flatten(1)
     (found,) = torch.autograd.grad((answer * torch.arange(1.0, 17.0)).sum(), leaf)
     other = x.clone().requires_grad_()

@@ -25,10 +25,12 @@ BLIND = 0.05
 """Share of samples without a gradient of the margin above which no number stands; of fewer the report warns."""
 SAMPLE = 128
 """Most samples that a check looks at; checks cost at most about 16 forward and 4 backward rows for each of them."""
-SAME = 1e-4
-"""Largest difference of two answers, as a share of the largest score, that is none."""
 FEW, ALONE = 32, 8
 """The same for victims without gradients, whose every row may be paid for: about 2 rows each; and how many of them are asked alone."""
+LEFT_OUT = "Searches ask other batches, so checks that compare them were left out."
+"""Said wherever an answer hangs on its batch."""
+SAME = 1e-4
+"""Largest difference of two answers, as a share of the largest score, that is none."""
 
 
 @dataclass(frozen=True)
@@ -141,10 +143,10 @@ def repeats(bench: Bench) -> Iterator[Finding]:
     flips = sum(int((o.argmax(1) != bench.output.argmax(1)).sum()) for o in others)
     if worst <= SAME and not flips:
         yield Finding(id="random", status="pass", message="Same input, same output.")
-    elif not bench.thrifty and _alike(others) and _alike([bench.output, bench.ask(bench.x), bench.ask(bench.x)]):
+    elif not bench.thrifty and _all_same(others) and _all_same([bench.output, bench.ask(bench.x), bench.ask(bench.x)]):
         message = (
             f"Answers depend on the place in the batch: turned around, {flips // len(others)} of {len(bench.x)} change their class, "
-            "each time alike. The model seeds its own random numbers: let it draw anew for every answer."
+            f"each time alike: the model seeds its own random numbers. {LEFT_OUT}"
         )
         yield Finding(id="batch", status="block", message=message)
     else:
@@ -155,8 +157,8 @@ def repeats(bench: Bench) -> Iterator[Finding]:
         yield Finding(id="random", status="block", message=message)
 
 
-def _alike(answers: list[Tensor]) -> bool:
-    """Whether all are the same."""
+def _all_same(answers: list[Tensor]) -> bool:
+    """Whether each answer is the one before, but for rounding."""
     return all(_apart(one, other) <= SAME for one, other in pairwise(answers))
 
 
@@ -168,8 +170,7 @@ def independent(bench: Bench) -> Iterator[Finding]:
     if worst > 1e-3:
         message = (
             f"Answers depend on the batch: alone or in a batch of {len(bench.x)}, "
-            f"scores differ by {worst:.1e} of their range (batch statistics?). "
-            "Searches ask other batches, so checks that compare them were left out."
+            f"scores differ by {worst:.1e} of their range (batch statistics?). {LEFT_OUT}"
         )
         yield Finding(id="batch", status="block", message=message)
     else:

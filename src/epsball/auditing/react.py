@@ -97,6 +97,7 @@ def react(bench: Bench, findings: list[Finding], effort: str, seed: int) -> tupl
     """
     if bench.thrifty:
         return Sight(bench.victim), findings
+    # A few dead gradients only warn, and there is a way around them all the same.
     faults = {f.id for f in findings if f.status == "block" or (f.id == "gradient" and f.status == "warn")}
     sight, findings = _backward(bench, findings, faults, seed)
     if "random" in faults and not faults & {"batch", "state"}:

@@ -20,7 +20,7 @@ FIXES = {
     "canaries": "Report this: no number of this installation can be believed until it is understood.",
     "finite": "Check weights and input scaling, and find the layer that overflows.",
     "raised": "Make the model answer every input of the box, then run the audit again.",
-    "batch": "Use stored statistics instead of batch statistics at test time.",
+    "batch": "Use stored statistics instead of batch statistics at test time; let noise be drawn anew for every answer.",
     "state": "Make the model's forward pass free of side effects in eval mode.",
     "scaling": "Declare the normalization the model was trained with: --mean and --std, or wrap(model, mean=..., std=...).",
     "constant": "Check that weights, class order and input scaling belong together.",

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 SHARE = 0.1
 """Width of a soft step, as a share of the mean distance from the step within a sample."""
-ALONE = 10.0
+SHARE_OF_ONE = 10.0
 """The same where a sample has but one number: a step of its own width would let nothing pass, and a gate between two networks is best
 searched through both (`benchmarks/verdicts`, blurred look, n 100, seed 1: 24 stand by hand, 28 with 1, 25 with 10)."""
 _TURNS = {3: ((1, 2, 0), (2, 0, 1)), 4: ((0, 2, 3, 1), (0, 3, 1, 2))}
@@ -152,7 +152,7 @@ class Book:
         """A fitting width of a soft step at `gap`: a share of its mean size within each sample, far more where a sample has but one."""
         size = gap.detach().abs()
         sizes = self.by_sample(torch.where(torch.isfinite(size), size, torch.zeros_like(size)))
-        mean, share = sizes.mean(1), SHARE if sizes.shape[1] > 1 else ALONE
+        mean, share = sizes.mean(1), SHARE if sizes.shape[1] > 1 else SHARE_OF_ONE
         return self.spread(torch.where(mean > 0, share * mean, torch.ones_like(mean)), gap)
 
     def jumps(self, change: Tensor, gap: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 from epsball.core.relaxed_call import AS_IT_IS, Call, Shadow
 
 NARROW = 1e-4
-"""Differences of squared singular values below this share of the largest square count as none."""
+"""Differences of singular values, and of their squares, below this share of the largest count as none."""
 INTEGER_LAYERS = tuple(
     f"{kind}{end}" for kind in ("linear", "conv1d", "conv2d", "conv3d") for end in ("", "_relu", "_dynamic", "_relu_dynamic")
 )
@@ -42,7 +42,7 @@ def integer_sum(call: Call) -> Shadow:
     return total.relu() if "relu" in call.name else total
 
 
-class Split(torch.autograd.Function):
+class SingularValues(torch.autograd.Function):
     """Singular values and vectors that are given, with a derivative that stays finite where singular values are equal.
 
     Townsend 2016 (differentiating the singular value decomposition) with 1 / d -> d / (d^2 + (`NARROW` s_1^2)^2) for differences d of
@@ -72,17 +72,17 @@ class Split(torch.autograd.Function):
         return slope, None, None, None
 
 
-def split(call: Call) -> Shadow:
+def singular_values(call: Call) -> Shadow:
     """Singular value decompositions whose values are close: a derivative that stays finite."""
     x = call.twin(0)
     if not isinstance(x, Tensor) or not isinstance(call.real, tuple) or len(call.real) != 3 or x.is_complex():
         return AS_IT_IS
     u, s, v = (part.detach() for part in call.real)
-    if bool(((s[..., :-1] - s[..., 1:]) > 1e-4 * s[..., :1]).all()):
+    if bool(((s[..., :-1] - s[..., 1:]) > NARROW * s[..., :1]).all()):
         return AS_IT_IS
-    turned, k = call.name == "svd", s.shape[-1]
-    left, values, right = Split.apply(x, u[..., :k], s, v[..., :k].mT if turned else v[..., :k, :])  # type: ignore[no-untyped-call]
+    transposed, k = call.name == "svd", s.shape[-1]
+    left, values, right = SingularValues.apply(x, u[..., :k], s, v[..., :k].mT if transposed else v[..., :k, :])  # type: ignore[no-untyped-call]
     call.named("svd")
-    rest = (u[..., k:], v[..., k:] if turned else v[..., k:, :])
-    right = right.mT if turned else right
-    return torch.cat((left, rest[0]), -1), values, torch.cat((right, rest[1]), -1 if turned else -2)
+    rest = (u[..., k:], v[..., k:] if transposed else v[..., k:, :])
+    right = right.mT if transposed else right
+    return torch.cat((left, rest[0]), -1), values, torch.cat((right, rest[1]), -1 if transposed else -2)

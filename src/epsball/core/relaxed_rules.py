@@ -1,7 +1,7 @@
 """Substitute derivatives, one rule for each kind of operation that has none. Used by `core.relaxed` alone.
 
-A rule gets a call and returns its shadow: a tensor of the shape of the real answer, whose gradient is the substitute. Its
-value does not matter. `AS_IT_IS` leaves the operation's own derivative; `None` means that nothing is known.
+A rule gets a call and returns its shadow: a tensor of the shape of the real answer, or a tuple of them, whose gradient is the
+substitute. Its value does not matter. `AS_IT_IS` leaves the operation's own derivative; `None` means that nothing is known.
 """
 
 from __future__ import annotations
@@ -15,15 +15,18 @@ from torch import Tensor
 
 from epsball.core.relaxed_book import SHARE, Book, Choice
 from epsball.core.relaxed_call import AS_IT_IS, Call, Shadow, soft
-from epsball.core.relaxed_layers import INTEGER_LAYERS, integer_layer, integer_sum, split
+from epsball.core.relaxed_layers import INTEGER_LAYERS, integer_layer, integer_sum, singular_values
 
 LEAK = 0.1
 """Share of the gradient that what is masked lets through: far below a threshold the soft mask alone passes next to nothing."""
 
 RIVALS, COOL = 10, 0.3
 """Runners-up whose mean gap to the best score sets the temperature of a soft choice, and the share of that gap."""
+RISES = {"tanh": ((-1.0, 1.0), (-1.0, 1.0)), "sigmoid": ((-2.0, 2.0), (0.0, 1.0))}
+"""Between which inputs they rise, and from which value to which."""
 FLAT, CUT = 10.0, 3.0
-"""Half widths of its rising stretch that a sample's mean lies off the middle of a tanh or sigmoid, or of a bound, that counts as a step."""
+"""How far off the middle of the stretch that rises, in halves of it, a sample's mean makes a step of those, and of bounds. At 10 a tanh
+has a slope of 1e-8; bounds have none from 1 on, and every picture has some pixels there."""
 MOST = 4096
 """Most rows of a table that is looked up by a number, and most labels."""
 
@@ -79,29 +82,29 @@ def step(call: Call) -> Shadow:
 
 def saturated(call: Call) -> Shadow:
     """tanh, sigmoid and bounds, where a sample's mean lies far outside the stretch in which they rise: a step, of that sample's width."""
-    x = call.twin(0)
-    found = _stretch(call)
+    x, found = call.twin(0), _stretch(call)
     if found is None or not isinstance(x, Tensor) or not x.is_floating_point():
         return AS_IT_IS
-    low, high, middle, half, most = found
-    place = (x - middle) / half
+    (start, end), (low, high) = found
+    place = (x - (start + end) / 2) / ((end - start) / 2)
     mean = call.book.by_sample(place.detach().abs().nan_to_num(nan=0.0, posinf=0.0)).mean(1)
-    far = call.book.spread(mean > most, place)
+    far = call.book.spread(mean > (FLAT if call.name in RISES else CUT), place)
     if not bool(far.any()):
         return AS_IT_IS
     call.named(f"steep {call.name}")
     soft_step = low + (high - low) * torch.sigmoid(place / call.book.width(place))
-    return torch.where(far, soft_step, call.function(x, *call.args[1:], **call.kwargs))
+    return torch.where(far, soft_step, call.function(x.clone(), *call.args[1:], **call.kwargs))  # it may work in place
 
 
-def _stretch(call: Call) -> tuple[float, float, float, float, float] | None:
-    """Lowest and highest value, middle and half width of the stretch that rises, and how many such halves off the middle are far."""
-    if call.name in ("tanh", "sigmoid"):
-        return (-1.0, 1.0, 0.0, 1.0, FLAT) if call.name == "tanh" else (0.0, 1.0, 0.0, 2.0, FLAT)
-    low, high = call.raw(1, "min_val" if call.name == "hardtanh" else "min"), call.raw(2, "max_val" if call.name == "hardtanh" else "max")
+def _stretch(call: Call) -> tuple[tuple[float, float], tuple[float, float]] | None:
+    """Between which inputs the operation rises, and from which value to which; None where a bound is missing or no number."""
+    if call.name in RISES:
+        return RISES[call.name]
+    words = ("min_val", "max_val") if call.name == "hardtanh" else ("min", "max")
+    low, high = (call.raw(place, word) for place, word in enumerate(words, 1))
     if not isinstance(low, int | float) or not isinstance(high, int | float) or not low < high:
         return None
-    return low, high, (low + high) / 2, (high - low) / 2, CUT
+    return (low, high), (low, high)
 
 
 def compare(call: Call) -> Shadow:
@@ -250,7 +253,7 @@ def shifted(call: Call) -> Shadow:
     return call.twin(0) * factor if call.name in ("lshift", "bitwise_left_shift") else call.twin(0) / factor  # type: ignore[no-any-return]
 
 
-def turned(call: Call) -> Shadow:
+def reshaped(call: Call) -> Shadow:
     """Another shape of a mask: its gap goes along."""
     gap = call.book.gap(call.args[0])
     call.gap = None if gap is None else call.function(gap, *call.args[1:], **call.kwargs)
@@ -290,7 +293,7 @@ def looked_up(call: Call) -> Shadow:
         _some_of(call, choice)
         return AS_IT_IS
     if call.book.gap(table) is not None:
-        return turned(call)
+        return reshaped(call)
     if not isinstance(index, Tensor) or soft(index) or index.dtype is torch.bool or call.book.twin(table) is not None:
         return AS_IT_IS
     labels = not soft(table) and table.ndim == 1 and len(table) > 0 and int(table.min()) >= 0 and int(table.max()) < MOST
@@ -389,7 +392,7 @@ BREAKS: dict[str, Callable[[Call], Shadow]] = {
     **dict.fromkeys(("detach", "data"), detached),
     **dict.fromkeys(("bucketize", "searchsorted"), bucket),
     **dict.fromkeys(("argmax", "argmin"), chosen),
-    **dict.fromkeys(("svd", "linalg_svd"), split),
+    **dict.fromkeys(("svd", "linalg_svd"), singular_values),
     **dict.fromkeys(INTEGER_LAYERS, integer_layer),
     **dict.fromkeys(("tanh", "sigmoid", "clamp", "clip", "hardtanh"), saturated),
 }
@@ -410,8 +413,8 @@ CARRIES: dict[str, Callable[[Call], Shadow]] = {
     "embedding_bag": bagged,
     "dequantize": cast,
     **dict.fromkeys(("add", "add_relu"), integer_sum),
-    **dict.fromkeys(("unsqueeze", "squeeze", "view", "view_as", "reshape", "reshape_as", "expand", "expand_as", "flatten"), turned),
-    **dict.fromkeys(("permute", "transpose", "movedim", "repeat", "repeat_interleave"), turned),
+    **dict.fromkeys(("unsqueeze", "squeeze", "view", "view_as", "reshape", "reshape_as", "expand", "expand_as", "flatten"), reshaped),
+    **dict.fromkeys(("permute", "transpose", "movedim", "repeat", "repeat_interleave"), reshaped),
 }
 """The same, where an argument carries what autograd does not see."""
 CHOOSES = {"topk": 2, "sort": 1, "argsort": 1, "max": 1, "min": 1, "argmax": 1, "argmin": 1, "kthvalue": 2}
