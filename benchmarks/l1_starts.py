@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -16,9 +17,8 @@ from torch import Tensor
 
 import other_networks
 from auto_attack import RADII, Case, cases
-from epsball.attacks import EveryTarget, from_larger, outside_in, vertices
-from epsball.attacks.targets import malt
-from epsball.core import AttackLike, Objective, Victim
+from epsball.attacks import EveryTarget, by_logit, from_larger, outside_in, swaps, vertices
+from epsball.core import AttackLike, Objective, Outcome, Victim
 from epsball.objectives import cross_entropy, dlr, margin
 from epsball.threats import L1, parse_threat
 
@@ -26,6 +26,9 @@ PAGE = Path(__file__).parent / "results" / "l1_starts.md"
 RUNS, ROWS = 12, (60, 165)
 SHORT = (6.0, 2.0, 1.3, 1.0)
 """Balls of `from_larger`, in budgets: who finds nothing in that of 1.3 is given up before the last."""
+
+
+Search = Callable[[Victim, Tensor, Tensor, float, int], Outcome]
 
 
 def tours(steps: int, least: float, most: float, loss: Objective = margin) -> Callable[[L1], AttackLike]:
@@ -38,13 +41,38 @@ def balls(steps: int, loss: Objective = margin) -> Callable[[L1], AttackLike]:
     return lambda threat: from_larger(steps, threat=threat, objective=loss, scales=SHORT)
 
 
-def aimed(search: Callable[[L1], AttackLike]) -> Callable[[L1], AttackLike]:
-    """At the three nearest classes in MALT order, side by side."""
-    return lambda threat: EveryTarget(search(threat), 3, malt, abreast=True)
+def aimed(search: Callable[[L1], AttackLike], classes: int) -> Callable[[L1], AttackLike]:
+    """At the classes of highest score, side by side."""
+    return lambda threat: EveryTarget(search(threat), classes, by_logit, abreast=True)
 
 
-SEARCHES: dict[str, Callable[[L1], AttackLike]] = {
-    "from 3 to 30 budgets, drawn *": tours(20, 3, 30),
+@dataclass(frozen=True)
+class Onward:
+    """A search, and `swaps` from where it ended."""
+
+    search: AttackLike
+    swaps: Callable[[Tensor], AttackLike]
+
+    def __call__(self, victim: Victim, x: Tensor, y: Tensor, radius: float, seed: int) -> Outcome:
+        """With the rows of both."""
+        found = self.search(victim, x, y, radius, seed)
+        rows = (~found.reached).nonzero().squeeze(1)
+        if not len(rows):
+            return found
+        more = self.swaps(found.x_adv[rows])(victim, x[rows], y[rows], radius, seed)
+        reached, backwards = found.reached.clone(), found.backwards.clone()
+        reached[rows], backwards[rows] = more.reached, backwards[rows] + more.backwards
+        return replace(found, reached=reached, backwards=backwards)
+
+
+def onward(search: Callable[[L1], AttackLike]) -> Callable[[L1], Search]:
+    """As the plan goes on from where searches came closest, here from every end."""
+    return lambda threat: Onward(search(threat), lambda start: swaps(8, threat, tries=6, shares=(0.1, 0.3), start=start))
+
+
+SEARCHES: dict[str, Callable[[L1], Search]] = {
+    "`swaps` from the clean input, 6 looks *": lambda threat: swaps(6, threat, tries=2),
+    "from 3 to 30 budgets, drawn": tours(20, 3, 30),
     "from 3": tours(20, 3, 3),
     "from 3, cross-entropy *": tours(20, 3, 3, cross_entropy),
     "from 3, DLR *": tours(20, 3, 3, dlr),
@@ -52,8 +80,10 @@ SEARCHES: dict[str, Callable[[L1], AttackLike]] = {
     "from 30, cross-entropy *": tours(20, 30, 30, cross_entropy),
     "from 60 *": tours(20, 60, 60),
     "30 looks, from 3 to 30 *": tours(30, 3, 30),
-    "at each of 3 classes, from 3 *": aimed(tours(20, 3, 3)),
-    "at each of 3 classes, from 3 to 30": aimed(tours(20, 3, 30)),
+    "at each of 3 classes, from 3": aimed(tours(20, 3, 3), 3),
+    "at each of 9 classes, from 3 *": aimed(tours(20, 3, 3), 9),
+    "from 3, DLR, then `swaps` *": onward(tours(20, 3, 3, dlr)),
+    "from 60, then `swaps` *": onward(tours(20, 60, 60)),
     "`from_larger`": balls(20),
     "`from_larger`, cross-entropy": balls(20, cross_entropy),
     "`outside_in`, 30 looks *": lambda threat: outside_in(30, threat, 3, 2),

@@ -18,10 +18,10 @@ from epsball.attacks import EveryTarget, Restarts
 from epsball.attacks.inward import OutsideIn
 from epsball.attacks.vertices import Vertices
 from epsball.auditing import verdict
-from epsball.auditing.cascade import Tick, attack_round, cascade
+from epsball.auditing.cascade import Tick, attack_round, cascade, gap
 from epsball.auditing.checks import Scene, losses_agree
 from epsball.auditing.cost import Estimate
-from epsball.auditing.plan import EFFORTS, Stage, default_threats, plan, row_budget
+from epsball.auditing.plan import CLOSE, EFFORTS, Stage, default_threats, plan, row_budget
 from epsball.auditing.results import AttackRow, Flag, Report
 from epsball.auditing.run import Plan, prepare
 from epsball.auditing.sheet import Subject
@@ -240,7 +240,7 @@ def test_default_threats_are_proportional_to_the_box(shape: tuple[int, ...]) -> 
 def test_every_plan_begins_cheap_and_has_an_attack(effort: str, threat: str) -> None:
     for classes, single in ((2, True), (3, True), (10, True), (1, False), (5, False)):
         stages = plan(named(threat), effort, classes=classes, single_label=single, gradients=True)
-        assert [s.attack.name for s in stages[:2]] == ["vertices" if threat == "l1" else "pgd", "noise"]
+        assert [s.attack.name for s in stages[:2]] == ["swaps" if threat == "l1" else "pgd", "noise"]
         assert len(stages) >= 3
         assert all(stage.rows > 0 and stage.attack.threat.name == threat for stage in stages)
     assert [s.attack.name for s in plan(named(threat), effort, classes=10, single_label=True, gradients=False)] == ["noise"]
@@ -434,11 +434,12 @@ def test_who_came_near_is_searched_from_more_starts(norm: str) -> None:
     assert walks.nearer is not None
     share, runs = walks.nearer
     assert (share < walks.near, runs < walks.attack.count) == (True, True)
-    suited = walks.suited(torch.tensor([0.0, share, walks.near], dtype=torch.float64), 0)
+    suited = walks.suited(torch.tensor([0.0, share, walks.near], dtype=torch.float64), 10**6)
     assert isinstance(suited, Restarts)
     assert isinstance(suited.abreast, torch.Tensor)
     assert suited.abreast.tolist() == [walks.attack.count, walks.attack.count, runs]
     assert (suited.attack, suited.count) == (walks.attack.attack, walks.attack.count)
+    assert (walks.fill > 0) is (norm == "linf")  # there they take the most rows of all, so that the round's budget bounds them
 
 
 def test_under_linf_restarts_climb_two_losses_and_every_class_has_to_pay() -> None:
@@ -498,7 +499,52 @@ def test_under_l1_rows_that_are_left_go_to_all_that_stand(single: bool) -> None:
     assert near.nearer is not None
     assert isinstance(near.attack, Restarts)
     assert (near.near < 1, near.nearer[0] < near.near, near.nearer[1] < near.attack.count) == (True, True, True)
-    assert all(stage.fill > 0 and stage.near == 1 for stage in rest)
+    assert all(stage.fill > 0 and stage.near == 1 for stage in rest if not stage.onward)
+
+
+@pytest.mark.parametrize("effort", EFFORTS)
+def test_under_l1_searches_are_followed_by_one_from_where_they_came_closest(effort: str) -> None:
+    stages = plan(named("l1"), effort, classes=10, single_label=True, gradients=True)
+    onward = [place for place, stage in enumerate(stages) if stage.onward]
+    assert onward
+    assert all(stages[place - 1].attack.name in ("vertices", "vertices_t") for place in onward)
+    assert all(stages[place].attack.name == "swaps" for place in onward)
+    if effort == "default":
+        assert stages[-1].onward
+
+
+def test_who_came_close_is_searched_on_from_there_once() -> None:
+    """A search that ends at 5 % of the clean margin, one that ends at 50 %, and one that is not asked again."""
+    data, specs = digits(3), (parse_threat("l1:1"),)
+    sheet, referee = prepare(Subject(wrap(load("digits-robust")), data.x, data.y, data.indices, "digits", {}), Plan(specs, "fast"))
+    (current,), hits = sheet.rounds, sheet.hits["l1"]
+    stages = plan(named("l1"), "fast", classes=10, single_label=True, gradients=True)
+    onward = next(stage for stage in stages if stage.onward)
+    assert bool(sheet.correct.all())
+    hits.close = {0: (0.05, data.x[0].clone())}
+    attack_round(sheet, referee, current, onward, 0, True, lambda *_: None)
+    assert [(row.name, row.tried) for row in current.attacks] == [("swaps", 1)]
+    assert hits.close == {}
+    attack_round(sheet, referee, current, onward, 0, True, lambda *_: None)
+    assert len(current.attacks) == 1
+
+
+def test_where_searches_came_closest_is_kept_under_l1() -> None:
+    data, specs = digits(200), (parse_threat("l1:1"), parse_threat("l2:0.5"))
+    sheet, referee = prepare(Subject(wrap(load("digits-standard")), data.x, data.y, data.indices, "digits", {}), Plan(specs, "fast"))
+    for current in sheet.rounds:
+        search = eb.attacks.apgd(20, threat=named(current.threat), objective=margin)
+        attack_round(sheet, referee, current, Stage(search, 20), 0, True, lambda *_: None)
+    assert sheet.hits["l2"].close == {}
+    hits = sheet.hits["l1"]
+    assert hits.close
+    standing = sheet.standing("l1", 1.0)
+    assert set(hits.close) == set((standing & (hits.near <= CLOSE)).nonzero().squeeze(1).tolist())
+    rows = torch.tensor(sorted(hits.close))
+    points, goal = torch.stack([hits.close[row][1] for row in rows.tolist()]), sheet.subject.goal.take(rows)
+    answers = sheet.subject.victim.outputs(points, eb.core.Tally.zeros(len(rows)))
+    now, clean = (gap(output.double(), goal) for output in (answers, sheet.clean[rows]))
+    assert [hits.close[row][0] for row in rows.tolist()] == pytest.approx((now / clean).tolist())
 
 
 @pytest.mark.parametrize(("spent", "runs"), [(0, 3), (100, 3), (101, 2), (140, 1), (141, None), (999, None)])

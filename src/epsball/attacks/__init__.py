@@ -32,6 +32,7 @@ from epsball.attacks.spatial import recoloradv, rotation_translation, stadv
 from epsball.attacks.square import square
 from epsball.attacks.surfree import surfree
 from epsball.attacks.surrogate import Surrogate, fit_surrogate, transferred
+from epsball.attacks.swaps import swaps
 from epsball.attacks.targets import by_logit, malt
 from epsball.attacks.transfer import di_fgsm, ensemble, ni_fgsm, si_fgsm, ti_fgsm, vmi_fgsm
 from epsball.attacks.universal import UniversalGradient, UniversalSum, cross_model_table, fooling_rate
@@ -113,6 +114,7 @@ __all__ = [
     "superdeepfool",
     "surfree",
     "survival",
+    "swaps",
     "ti_fgsm",
     "transferred",
     "vertices",

@@ -37,11 +37,21 @@ class _Way:
     steps: int
 
 
-def _begin(problem: Problem, start: Tensor | None, steps: int) -> _Way:
-    start = problem.x if start is None else start
+def first_points(problem: Problem, start: Tensor | None) -> Tensor:
+    """`start`, one point (B, ...) per input still searched; None: the clean inputs.
+
+    Raises:
+        BadInput: another shape.
+    """
+    if start is None:
+        return problem.x
     if start.shape != problem.x.shape:
         raise BadInput(f"start: {tuple(start.shape)} for inputs {tuple(problem.x.shape)}: give one point per input still searched")
-    z = problem.threat.project(problem.x, start.to(problem.x), torch.full_like(problem.radius, torch.inf))
+    return start.to(problem.x)
+
+
+def _begin(problem: Problem, start: Tensor | None, steps: int) -> _Way:
+    z = problem.threat.project(problem.x, first_points(problem, start), torch.full_like(problem.radius, torch.inf))
     nothing, clean = torch.full_like(problem.radius, torch.inf), problem.objective(problem, problem.x, problem.x, problem.clean)
     return _Way(z, problem.threat.size(problem.x, z), nothing, torch.zeros_like(z), clean, 0, max(steps, 1))
 

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 from epsball.auditing.checks import FINAL_CHECKS, ROUND_CHECKS, Scene, attack_row, effort_suffices, queries_suffice, told_once
-from epsball.auditing.plan import Stage, beside, black_box, by_chance, plan, row_budget, smooth, through_twins
+from epsball.auditing.plan import CLOSE, Stage, beside, black_box, by_chance, plan, row_budget, smooth, through_twins
 from epsball.auditing.referee import Referee
 from epsball.auditing.results import Flag
 from epsball.auditing.sheet import Round, Sheet
 from epsball.auditing.stopping import Spent, Stopping
 from epsball.core import LabelsChanged, Outcome, Tally, Untargeted
-from epsball.threats import is_input
+from epsball.threats import L1, is_input
 
 
 @dataclass(frozen=True)
@@ -135,11 +135,14 @@ def attack_round(
     subject, hits, threat = sheet.subject, sheet.hits[current.threat], sheet.threat(current.threat)
     standing = sheet.standing(current.threat, current.radius)
     rows = (standing & (hits.near <= stage.near)).nonzero().squeeze(1)
+    if stage.onward:
+        rows = rows[[row in hits.close for row in rows.tolist()]]
     if not len(rows) or (stage.pays and not worth(current, stage)):
         return rows[:0]
     stands = int(standing.sum())
     left = row_budget(stands, int(sheet.correct.sum()) - stands) - sum(row.backwards for row in current.attacks)
-    attack = stage.suited(hits.near[rows], left)
+    start = torch.stack([hits.close.pop(row)[1] for row in rows.tolist()]) if stage.onward else None
+    attack = stage.suited(hits.near[rows], left, start)
     if attack is None:
         return rows[:0]
     started = time.perf_counter()
@@ -167,7 +170,7 @@ def attack_round(
         spent = outcome.queries[claimed][kept]
         current.beyond += len(broken) if stage.beyond else 0
         hits.radius[broken] = current.radius  # last: an interrupt before this line leaves these samples standing
-    outcome = note_near(sheet, current, rows, outcome)
+    outcome = note_near(sheet, current, rows, outcome, not stage.onward)
     current.attacks.append(attack_row(attack.name, repr(stage.attack), len(rows), len(broken), outcome, time.perf_counter() - started))
     return spent
 
@@ -178,8 +181,11 @@ def worth(current: Round, stage: Stage) -> bool:
     return before.broken >= stage.pays * before.tried
 
 
-def note_near(sheet: Sheet, current: Round, rows: Tensor, outcome: Outcome) -> Outcome:
-    """Writes down how near a search came to breaking those that still stand, and books the one row each that it takes to see."""
+def note_near(sheet: Sheet, current: Round, rows: Tensor, outcome: Outcome, fresh: bool) -> Outcome:
+    """Writes down how near a search came to breaking those that still stand, and books the one row each that it takes to see.
+
+    Under L1 also where a `fresh` search came closest, for another to go on from there.
+    """
     subject, hits = sheet.subject, sheet.hits[current.threat]
     left = (hits.radius[rows] > current.radius).nonzero().squeeze(1)
     goal, place = subject.goal.take(rows[left]), rows[left]
@@ -188,7 +194,12 @@ def note_near(sheet: Sheet, current: Round, rows: Tensor, outcome: Outcome) -> O
     tally = Tally.zeros(len(left))
     output = subject.victim.outputs(outcome.x_adv[left], tally).cpu()
     now, clean = (gap(answers.double(), goal) for answers in (output, sheet.clean[place].cpu()))
-    hits.near[place] = torch.minimum(hits.near[place], (now / clean).nan_to_num(nan=1.0).clamp(min=0.0))
+    share = (now / clean).nan_to_num(nan=1.0).clamp(min=0.0)
+    hits.near[place] = torch.minimum(hits.near[place], share)
+    if fresh and isinstance(sheet.threat(current.threat), L1):
+        for row, at, near in zip(place.tolist(), left.tolist(), share.tolist(), strict=True):
+            if near <= hits.close.get(row, (CLOSE,))[0]:
+                hits.close[row] = near, outcome.x_adv[at].cpu().clone()
     queries = outcome.queries.clone()
     queries[left] += tally.forwards.to(queries.device)
     return replace(outcome, queries=queries)

@@ -26,11 +26,12 @@ from epsball.attacks import (
     sigma_zero,
     sparse_rs,
     stadv,
+    swaps,
     vertices,
 )
 from epsball.attacks.blackbox import searches
 from epsball.attacks.combine import Restarts, restarted
-from epsball.attacks.targets import malt
+from epsball.attacks.swaps import Swaps
 from epsball.core import Access, Attack, AttackLike, Descent, Fading, Halving, Momentum, Near, Objective, Projects, Steepest, Victim, chain
 from epsball.errors import BadInput
 from epsball.objectives import cross_entropy, dlr, margin
@@ -41,10 +42,12 @@ _STEPS = {"fast": 10, "default": 40, "max": 100}
 NEAR, NEARER, VERY_NEAR = 0.15, 0.1, 0.04
 """Shares of the clean margin that searches must have come down to for more starts, for one more walk, and for many, to be worth their
 rows."""
+CLOSE = 0.07
+"""The share down to which a search under L1 has to come for another to go on from there: who came less near hardly ever breaks."""
 _BALLS = (8.0, 4.0, 2.0, 1.0)
 """In budgets: the balls of long `from_larger`."""
-_STANDS, _BROKEN = 187, 15
-"""Rows with a gradient, for each sample that stands and that broke, up to which searches under L1 go on. AutoAttack takes ten times
+_STANDS, _BROKEN = 187, 11
+"""Rows with a gradient, for each sample that stands and that broke, up to which stages that fill go on. AutoAttack takes ten times
 as many: some 1,900 and 150 to 250."""
 PAYS = 0.05
 """Share of the samples tried that a search has to break for more of its kind to follow."""
@@ -61,7 +64,8 @@ class Stage:
     `near` leaves out samples whose best margin so far is more than this share of the clean one; `nearer`, for `Restarts`, a smaller
     share and a number, gives those beyond that share only so many of the runs; `fill`, for `Restarts`, the rows with a gradient of one
     run, gives as many runs as the round has rows for (`row_budget`); `pays` leaves out the whole stage where the attack before broke less
-    than this share of those it tried.
+    than this share of those it tried; `onward`, for `swaps`, begins where the searches since the last such stage came closest, and
+    leaves out samples that none came close to (`CLOSE`).
     """
 
     attack: AttackLike
@@ -73,13 +77,19 @@ class Stage:
     nearer: tuple[float, int] | None = None
     fill: int = 0
     pays: float = 0.0
+    onward: bool = False
 
-    def suited(self, near: Tensor, left: int) -> AttackLike | None:
+    def suited(self, near: Tensor, left: int, start: Tensor | None = None) -> AttackLike | None:
         """The attack for samples that came down to `near` (B,) of their clean margins; None where no run fits.
 
         Args:
             near: of the samples to be searched. left: rows with a gradient that the round may still spend.
+            start: (B, ...) where an `onward` stage begins.
         """
+        if self.onward:
+            assert isinstance(self.attack, Attack)
+            assert isinstance(self.attack.strategy, Swaps)
+            return replace(self.attack, strategy=replace(self.attack.strategy, start=start))
         if self.nearer is None and not self.fill:
             return self.attack
         assert isinstance(self.attack, Restarts)
@@ -113,7 +123,7 @@ def plan(threat: Projects, effort: str, *, classes: int, single_label: bool, gra
     if not gradients:
         blind = [Stage(noise(100 * draws, threat=threat), 50 * draws)]
         return (*blind, _grid(threat, level)) if isinstance(threat, Rigid) else tuple(blind)
-    cheap = Stage(vertices(20, threat), 20) if isinstance(threat, L1) else Stage(pgd(10, threat=threat, objective=margin), 10)
+    cheap = Stage(swaps(6, threat, tries=2), 12) if isinstance(threat, L1) else Stage(pgd(10, threat=threat, objective=margin), 10)
     stages = [cheap, Stage(noise(draws, threat=threat), draws // 2)]
     if isinstance(threat, L0):
         return (*stages, *_pixels(threat, effort))
@@ -234,6 +244,7 @@ def _norms(threat: Projects, effort: str, classes: int) -> Iterator[Stage]:
         yield from _default(threat, classes)
     elif effort == "fast" and isinstance(threat, L1):
         yield from _four_kinds(threat, classes, 1, 1)
+        yield _from_closest(threat)
         yield _walks(threat, 30, 1, far=3, rounds=2)
     elif effort == "fast":
         yield _aimed(threat, 10, 1, 3, classes)
@@ -246,7 +257,9 @@ def _norms(threat: Projects, effort: str, classes: int) -> Iterator[Stage]:
             yield _walks(threat, 60, 3, far=3, rounds=2)
             yield Stage(from_larger(100, 5, threat=threat, objective=margin, scales=_BALLS), 500)
             yield from _four_kinds(threat, classes, 1, 10)
+            yield _from_closest(threat)
             yield _runs(vertices(60, threat), 60, 41, 5)
+            yield _from_closest(threat)
         yield from _long(threat, classes)
 
 
@@ -265,7 +278,7 @@ def _default(threat: Projects, classes: int) -> Iterator[Stage]:
             again = restarted(apgd(20, threat=threat, objective=loss), 2, abreast=True)
             yield Stage(again, 40, near=0.3, nearer=(NEAR, 1))
         yield replace(_aimed(threat, 40, 3, 1, classes), near=NEARER)
-        yield replace(_walks(threat, 60, 5, far=3, rounds=2), near=NEARER, nearer=(VERY_NEAR, 1))
+        yield replace(_walks(threat, 60, 5, far=3, rounds=2), near=NEARER, nearer=(VERY_NEAR, 1), fill=33)
         yield replace(_aimed(threat, 20, 3, 9, classes), near=NEAR, pays=0.1)
     else:
         yield from _while_it_pays(_walks(threat, 30, 1, far=3, rounds=2), 2, 1)
@@ -282,17 +295,26 @@ def _while_it_pays(one: Stage, more: int, times: int) -> Iterator[Stage]:
 def _sparse(threat: L1, classes: int) -> Iterator[Stage]:
     """Under L1 many short searches from larger balls, for the right sparsity has to be found, and where a search ends hangs on luck.
 
-    None is best everywhere (`benchmarks/l1_starts.py`), so there are several: those of `_four_kinds`, and runs aimed at the three
-    nearest classes. Where gradients mislead near the clean input a walk inward breaks what all of them leave: one each shows whether
-    more pay, and those whether still more. Samples that came near get more and longer runs; what still falls then is anywhere, so that
-    rows that are left go to all that stand, in several stages, for runs that end early leave room for others.
+    None is best everywhere (`benchmarks/l1_starts.py`), so there are several: those of `_four_kinds`, and runs aimed at each class.
+    From where they came closest a local search breaks, for few gradients, about what as many runs again would. Where gradients mislead
+    near the clean input a walk inward breaks what all of them leave: one each shows whether more pay, and those whether still more.
+    Samples that came near get more and longer runs; what still falls then is anywhere, so that rows that are left go to all that
+    stand, in several stages, for runs that end early leave room for others.
     """
     yield from _four_kinds(threat, classes, 1, 1)
-    yield _at_near_classes(threat, classes, 5)
+    yield _at_classes(threat, classes, 5)
+    yield _from_closest(threat)
     yield from _while_it_pays(_walks(threat, 30, 1, far=3, rounds=2), 2, 4)
     yield replace(_runs(vertices(30, threat), 30, 8, 8, fill=18), near=NEAR, nearer=(0.05, 3))
-    yield from _four_kinds(threat, classes, 16, 4, fill=True)
-    yield from _four_kinds(threat, classes, 32, 9, fill=True)
+    yield _from_closest(threat)
+    for first, count in ((16, 4), (32, 9)):
+        yield from _four_kinds(threat, classes, first, count, fill=True)
+        yield _from_closest(threat)
+
+
+def _from_closest(threat: L1) -> Stage:
+    """A look without a gradient counts half."""
+    return Stage(swaps(8, threat, tries=6, shares=(0.1, 0.3)), 32, onward=True)
 
 
 def _four_kinds(threat: L1, classes: int, first: int, count: int, fill: bool = False) -> Iterator[Stage]:
@@ -308,13 +330,13 @@ def _four_kinds(threat: L1, classes: int, first: int, count: int, fill: bool = F
         yield _runs(search, 20, first + number * count, count, looks if fill else 0)
 
 
-def _at_near_classes(threat: L1, classes: int, first: int) -> Stage:
-    """`vertices` at each of the three nearest classes, or three runs from number `first` on where nothing can be aimed at."""
+def _at_classes(threat: L1, classes: int, first: int) -> Stage:
+    """`vertices` at each of the nine best other classes, or three runs from number `first` on where nothing can be aimed at."""
     search = vertices(20, threat, first=(3.0, 3.0))
     if not classes:
         return _runs(search, 20, first, 3)
-    count = min(3, classes - 1)
-    return Stage(EveryTarget(search, count, malt, name="vertices_t", abreast=True), 20 * count + count + 4)
+    count = min(9, classes - 1)
+    return Stage(EveryTarget(search, count, by_logit, name="vertices_t", abreast=True), 20 * count)
 
 
 def _runs(search: AttackLike, rows: int, first: int, count: int, fill: int = 0) -> Stage:
