@@ -119,7 +119,7 @@ def _spent(room: Tensor, rank: Tensor, budget: Tensor) -> Tensor:
 
 
 @register(
-    paper="epsball; pairwise steps: arXiv 1511.05932, Algorithm 2",
+    paper="epsball; pairwise steps: Lacoste-Julien & Jaggi 2015, arXiv 1511.05932, Algorithm 2",
     threats=("l1",),
     cost="at most steps * (tries + 1) forwards and steps backwards, 1 forward to judge",
 )
