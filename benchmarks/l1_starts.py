@@ -47,7 +47,7 @@ def aimed(search: Callable[[L1], AttackLike], classes: int) -> Callable[[L1], At
 
 
 @dataclass(frozen=True)
-class Onward:
+class ThenSwaps:
     """A search, and `swaps` from where it ended."""
 
     search: AttackLike
@@ -65,9 +65,9 @@ class Onward:
         return replace(found, reached=reached, backwards=backwards)
 
 
-def onward(search: Callable[[L1], AttackLike]) -> Callable[[L1], Search]:
+def then_swaps(search: Callable[[L1], AttackLike]) -> Callable[[L1], Search]:
     """As the plan goes on from where searches came closest, here from every end."""
-    return lambda threat: Onward(search(threat), lambda start: swaps(8, threat, tries=6, shares=(0.1, 0.3), start=start))
+    return lambda threat: ThenSwaps(search(threat), lambda start: swaps(8, threat, tries=6, shares=(0.1, 0.3), start=start))
 
 
 SEARCHES: dict[str, Callable[[L1], Search]] = {
@@ -82,8 +82,8 @@ SEARCHES: dict[str, Callable[[L1], Search]] = {
     "30 looks, from 3 to 30 *": tours(30, 3, 30),
     "at each of 3 classes, from 3": aimed(tours(20, 3, 3), 3),
     "at each of 9 classes, from 3 *": aimed(tours(20, 3, 3), 9),
-    "from 3, DLR, then `swaps` *": onward(tours(20, 3, 3, dlr)),
-    "from 60, then `swaps` *": onward(tours(20, 60, 60)),
+    "from 3, DLR, then `swaps` *": then_swaps(tours(20, 3, 3, dlr)),
+    "from 60, then `swaps` *": then_swaps(tours(20, 60, 60)),
     "`from_larger`": balls(20),
     "`from_larger`, cross-entropy": balls(20, cross_entropy),
     "`outside_in`, 30 looks *": lambda threat: outside_in(30, threat, 3, 2),

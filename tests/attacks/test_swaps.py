@@ -122,10 +122,14 @@ def test_answers_that_are_no_numbers_are_never_taken_for_better() -> None:
             return super().forward(x).masked_fill(x[:, :1] > 0.9, torch.nan)
 
     x, weights = inputs()
-    x[:, 0], weights[0] = 0.5, 5.0
-    found = searched(Holes(weights, 100.0), x, 1.5, steps=8)
+    x[:, 0], weights[0] = 0.5, 0.5
+    model = Holes(weights, 100.0)
+    found = searched(model, x, 1.5, steps=30, tries=6, spread=2.0)
+    met = torch.cat(model.asked[1:])[:, 0] > 0.9
+    assert int(met.sum()) > N
     assert bool(torch.isfinite(found.score).all())
     assert bool((found.x_adv[:, 0] <= 0.9).all())
+    assert bool(((found.x_adv - x) @ weights > 0.5 * best(x, weights, 1.5)).all())
 
 
 @pytest.mark.parametrize(

@@ -72,6 +72,37 @@ def test_the_vertex_spends_the_radius_on_the_steepest_features(box: tuple[float,
     assert torch.allclose(change, expected, atol=1e-12)
 
 
+@pytest.mark.parametrize(("radius", "narrow"), [(0.5, 0), (20.0, 0), (20.0, 900), (400.0, 0), (5000.0, 0)])
+def test_of_many_features_the_vertex_is_the_same(radius: float, narrow: int) -> None:
+    """Spent one by one, by falling slope; the `narrow` steepest have next to no room, so that more are needed than seemed likely."""
+    generator = torch.Generator().manual_seed(0)
+    x, slope = torch.rand(2, 1000, generator=generator).double(), torch.randn(2, 1000, generator=generator).double()
+    order = slope.abs().argsort(1, descending=True)
+    budget = torch.ones_like(x).scatter(1, order[:, :narrow], 1e-3)
+    victim, size = Victim(Seen(1.0, torch.ones(1000))), torch.tensor([radius, radius / 7], dtype=torch.float64)
+    asked = Problem(
+        victim,
+        x,
+        Untargeted(torch.zeros(2, dtype=torch.int64)),
+        L1(Room(box=(0.0, 1.0), budget=budget)),
+        margin,
+        size,
+        torch.arange(2),
+        victim.outputs(x, Tally.zeros(2)),
+        Key.of(0),
+        Tally.zeros(2),
+    )
+    change = vertex(asked, slope, size) - x
+    for row in range(2):
+        left = float(size[row])
+        for place in order[row].tolist():
+            up = float(slope[row, place]) > 0
+            room = min(1 - float(x[row, place]) if up else float(x[row, place]), float(budget[row, place]))
+            moved = min(room, left)
+            assert float(change[row, place]) == pytest.approx(moved if up else -moved, abs=1e-9)
+            left -= moved
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [({"threat": L2()}, "threat 'l2'"), ({"first": (0.9, 3.0)}, "first: .0.9"), ({"first": (4.0, 3.0)}, "4.0, 3.0")],

@@ -499,18 +499,18 @@ def test_under_l1_rows_that_are_left_go_to_all_that_stand(single: bool) -> None:
     assert near.nearer is not None
     assert isinstance(near.attack, Restarts)
     assert (near.near < 1, near.nearer[0] < near.near, near.nearer[1] < near.attack.count) == (True, True, True)
-    assert all(stage.fill > 0 and stage.near == 1 for stage in rest if not stage.onward)
+    assert all(stage.fill > 0 and stage.near == 1 for stage in rest if not stage.from_closest)
 
 
 @pytest.mark.parametrize("effort", EFFORTS)
 def test_under_l1_searches_are_followed_by_one_from_where_they_came_closest(effort: str) -> None:
     stages = plan(named("l1"), effort, classes=10, single_label=True, gradients=True)
-    onward = [place for place, stage in enumerate(stages) if stage.onward]
-    assert onward
-    assert all(stages[place - 1].attack.name in ("vertices", "vertices_t") for place in onward)
-    assert all(stages[place].attack.name == "swaps" for place in onward)
+    going_on = [place for place, stage in enumerate(stages) if stage.from_closest]
+    assert going_on
+    assert all(stages[place - 1].attack.name in ("vertices", "vertices_t") for place in going_on)
+    assert all(stages[place].attack.name == "swaps" for place in going_on)
     if effort == "default":
-        assert stages[-1].onward
+        assert stages[-1].from_closest
 
 
 def test_who_came_close_is_searched_on_from_there_once() -> None:
@@ -519,13 +519,13 @@ def test_who_came_close_is_searched_on_from_there_once() -> None:
     sheet, referee = prepare(Subject(wrap(load("digits-robust")), data.x, data.y, data.indices, "digits", {}), Plan(specs, "fast"))
     (current,), hits = sheet.rounds, sheet.hits["l1"]
     stages = plan(named("l1"), "fast", classes=10, single_label=True, gradients=True)
-    onward = next(stage for stage in stages if stage.onward)
+    going_on = next(stage for stage in stages if stage.from_closest)
     assert bool(sheet.correct.all())
-    hits.close = {0: (0.05, data.x[0].clone())}
-    attack_round(sheet, referee, current, onward, 0, True, lambda *_: None)
+    hits.closest = {0: (0.05, data.x[0].clone())}
+    attack_round(sheet, referee, current, going_on, 0, True, lambda *_: None)
     assert [(row.name, row.tried) for row in current.attacks] == [("swaps", 1)]
-    assert hits.close == {}
-    attack_round(sheet, referee, current, onward, 0, True, lambda *_: None)
+    assert hits.closest == {}
+    attack_round(sheet, referee, current, going_on, 0, True, lambda *_: None)
     assert len(current.attacks) == 1
 
 
@@ -535,16 +535,16 @@ def test_where_searches_came_closest_is_kept_under_l1() -> None:
     for current in sheet.rounds:
         search = eb.attacks.apgd(20, threat=named(current.threat), objective=margin)
         attack_round(sheet, referee, current, Stage(search, 20), 0, True, lambda *_: None)
-    assert sheet.hits["l2"].close == {}
+    assert sheet.hits["l2"].closest == {}
     hits = sheet.hits["l1"]
-    assert hits.close
+    assert hits.closest
     standing = sheet.standing("l1", 1.0)
-    assert set(hits.close) == set((standing & (hits.near <= CLOSE)).nonzero().squeeze(1).tolist())
-    rows = torch.tensor(sorted(hits.close))
-    points, goal = torch.stack([hits.close[row][1] for row in rows.tolist()]), sheet.subject.goal.take(rows)
+    assert set(hits.closest) == set((standing & (hits.near <= CLOSE)).nonzero().squeeze(1).tolist())
+    rows = torch.tensor(sorted(hits.closest))
+    points, goal = torch.stack([hits.closest[row][1] for row in rows.tolist()]), sheet.subject.goal.take(rows)
     answers = sheet.subject.victim.outputs(points, eb.core.Tally.zeros(len(rows)))
     now, clean = (gap(output.double(), goal) for output in (answers, sheet.clean[rows]))
-    assert [hits.close[row][0] for row in rows.tolist()] == pytest.approx((now / clean).tolist())
+    assert [hits.closest[row][0] for row in rows.tolist()] == pytest.approx((now / clean).tolist())
 
 
 @pytest.mark.parametrize(("spent", "runs"), [(0, 3), (100, 3), (101, 2), (140, 1), (141, None), (999, None)])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from lawkit import NORMS, check_legal, measured, rng, tensor
 from torch import Tensor
 
 from epsball.core import Key, Projects, content_ids
-from epsball.threats import Room, named
+from epsball.threats import Room, lp, named
 
 DTYPES = (torch.float32, torch.float64)
 SHAPES = ((1,), (6,), (2, 3, 3), (5, 2), (3, 2, 2), (2, 40))
@@ -104,6 +105,12 @@ def check_projection(case: Case) -> None:
 @given(cases)
 def test_projection(case: Case) -> None:
     check_projection(case)
+
+
+@given(cases)
+def test_projection_of_many_features(case: Case) -> None:
+    with patch.object(lp, "_SORTED", 0):  # under L1 these are not sorted
+        check_projection(case)
 
 
 @given(cases)
@@ -197,10 +204,14 @@ def reference(name: str, x: Any, z: Any, low: Any, high: Any, radius: float, pix
     st.sampled_from(((1,), (6,), (2, 2, 2), (3, 2))),
     st.sampled_from(BOXES),
     st.sampled_from((0.01, 0.5, 3.0, 50.0)),
+    st.sampled_from((0, 256)),
 )
-def test_projection_is_the_nearest_point(name: str, seed: int, shape: tuple[int, ...], box: tuple[float, float], scale: float) -> None:
+def test_projection_is_the_nearest_point(
+    name: str, seed: int, shape: tuple[int, ...], box: tuple[float, float], scale: float, sorts: int
+) -> None:
     case = build(name, seed, shape, torch.float64, box, "plain", scale)
-    found = case.threat.project(case.x, case.z, case.radius)
+    with patch.object(lp, "_SORTED", sorts):
+        found = case.threat.project(case.x, case.z, case.radius)
     pixels = int(np.prod(shape[1:])) if name == "l0" and len(shape) == 3 else int(np.prod(shape))
     for row in range(len(case.x)):
         x, z, p = (t[row].flatten().numpy() for t in (case.x, case.z, found))

@@ -24,7 +24,7 @@ _GUARD = 1 - 1e-5
 
 @dataclass(frozen=True)
 class _Trial:
-    """`idle` (B,): looks since the last that found a better point."""
+    """Where a search stands after `looks` looks: at z (B, ...); `idle` (B,): looks since the last that found a better point."""
 
     z: Tensor
     idle: Tensor
@@ -40,8 +40,7 @@ class Swaps:
     Algorithm 2), by feature. How much moves is drawn (uniform up to one of `shares` of the budget), and every slope is multiplied by
     its own draw (lognormal, `spread`), so that tries differ; gradients only tell of small changes, and these are not small.
 
-    Large shares break easy samples from the clean input with few gradients; small ones end what another search began
-    (`benchmarks/l1_starts.py`).
+    Large shares suit a search from the clean input, small ones one that goes on from where another ended (`benchmarks/l1_starts.py`).
     Cost: 1 forward and backward and `tries` forwards per look.
 
     Attributes:

@@ -138,8 +138,7 @@ def _both(one: Hits, two: Hits) -> Hits:
     names = ("radius", "x_adv", "size", "predicted", "invalid", "near")
     shift = len(one.radius)
     joined = {name: torch.cat((getattr(one, name), getattr(two, name))) for name in names}
-    close = one.close | {row + shift: found for row, found in two.close.items()}
-    return Hits(**joined, close=close, z=one.z | {row + shift: z for row, z in two.z.items()})
+    return Hits(**joined, closest={}, z=one.z | {row + shift: z for row, z in two.z.items()})
 
 
 def together(first: Sequence[AttackRow], second: Sequence[AttackRow]) -> list[AttackRow]:

@@ -135,13 +135,13 @@ def attack_round(
     subject, hits, threat = sheet.subject, sheet.hits[current.threat], sheet.threat(current.threat)
     standing = sheet.standing(current.threat, current.radius)
     rows = (standing & (hits.near <= stage.near)).nonzero().squeeze(1)
-    if stage.onward:
-        rows = rows[[row in hits.close for row in rows.tolist()]]
+    if stage.from_closest:
+        rows = rows[[row in hits.closest for row in rows.tolist()]]
     if not len(rows) or (stage.pays and not worth(current, stage)):
         return rows[:0]
     stands = int(standing.sum())
     left = row_budget(stands, int(sheet.correct.sum()) - stands) - sum(row.backwards for row in current.attacks)
-    start = torch.stack([hits.close.pop(row)[1] for row in rows.tolist()]) if stage.onward else None
+    start = torch.stack([hits.closest.pop(row)[1] for row in rows.tolist()]) if stage.from_closest else None
     attack = stage.suited(hits.near[rows], left, start)
     if attack is None:
         return rows[:0]
@@ -170,7 +170,7 @@ def attack_round(
         spent = outcome.queries[claimed][kept]
         current.beyond += len(broken) if stage.beyond else 0
         hits.radius[broken] = current.radius  # last: an interrupt before this line leaves these samples standing
-    outcome = note_near(sheet, current, rows, outcome, not stage.onward)
+    outcome = note_near(sheet, current, rows, outcome, not stage.from_closest)
     current.attacks.append(attack_row(attack.name, repr(stage.attack), len(rows), len(broken), outcome, time.perf_counter() - started))
     return spent
 
@@ -198,8 +198,8 @@ def note_near(sheet: Sheet, current: Round, rows: Tensor, outcome: Outcome, fres
     hits.near[place] = torch.minimum(hits.near[place], share)
     if fresh and isinstance(sheet.threat(current.threat), L1):
         for row, at, near in zip(place.tolist(), left.tolist(), share.tolist(), strict=True):
-            if near <= hits.close.get(row, (CLOSE,))[0]:
-                hits.close[row] = near, outcome.x_adv[at].cpu().clone()
+            if near <= hits.closest.get(row, (CLOSE,))[0]:
+                hits.closest[row] = near, outcome.x_adv[at].cpu().clone()
     queries = outcome.queries.clone()
     queries[left] += tally.forwards.to(queries.device)
     return replace(outcome, queries=queries)

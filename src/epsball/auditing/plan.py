@@ -61,11 +61,11 @@ class Stage:
 
     `victim` is what it looks at where that is not the model itself; `keep` goes on with samples that seem broken, for a random model's
     answer may have been luck; `beyond` marks what does not follow the model's own gradients although it has some;
-    `near` leaves out samples whose best margin so far is more than this share of the clean one; `nearer`, for `Restarts`, a smaller
-    share and a number, gives those beyond that share only so many of the runs; `fill`, for `Restarts`, the rows with a gradient of one
-    run, gives as many runs as the round has rows for (`row_budget`); `pays` leaves out the whole stage where the attack before broke less
-    than this share of those it tried; `onward`, for `swaps`, begins where the searches since the last such stage came closest, and
-    leaves out samples that none came close to (`CLOSE`).
+    `near` leaves out samples whose best margin so far is more than this share of the clean one; `nearer`, for `Restarts`, a smaller share
+    and a number, gives those beyond that share only so many of the runs; `fill`, for `Restarts`, the rows with a gradient that a run takes
+    of a sample in the mean, gives as many runs as the round has rows for (`row_budget`); `pays` leaves out the whole stage where the attack
+    before broke less than this share of those it tried; `from_closest`, for `swaps`, begins where the searches since the last such stage
+    came closest, and leaves out samples that none came close to (`CLOSE`).
     """
 
     attack: AttackLike
@@ -77,16 +77,16 @@ class Stage:
     nearer: tuple[float, int] | None = None
     fill: int = 0
     pays: float = 0.0
-    onward: bool = False
+    from_closest: bool = False
 
     def suited(self, near: Tensor, left: int, start: Tensor | None = None) -> AttackLike | None:
         """The attack for samples that came down to `near` (B,) of their clean margins; None where no run fits.
 
         Args:
             near: of the samples to be searched. left: rows with a gradient that the round may still spend.
-            start: (B, ...) where an `onward` stage begins.
+            start: (B, ...) where a `from_closest` stage begins.
         """
-        if self.onward:
+        if self.from_closest:
             assert isinstance(self.attack, Attack)
             assert isinstance(self.attack.strategy, Swaps)
             return replace(self.attack, strategy=replace(self.attack.strategy, start=start))
@@ -278,6 +278,7 @@ def _default(threat: Projects, classes: int) -> Iterator[Stage]:
             again = restarted(apgd(20, threat=threat, objective=loss), 2, abreast=True)
             yield Stage(again, 40, near=0.3, nearer=(NEAR, 1))
         yield replace(_aimed(threat, 40, 3, 1, classes), near=NEARER)
+        # Runs are counted as if all samples had as many; most have one, hence half of what a walk takes.
         yield replace(_walks(threat, 60, 5, far=3, rounds=2), near=NEARER, nearer=(VERY_NEAR, 1), fill=33)
         yield replace(_aimed(threat, 20, 3, 9, classes), near=NEAR, pays=0.1)
     else:
@@ -295,11 +296,11 @@ def _while_it_pays(one: Stage, more: int, times: int) -> Iterator[Stage]:
 def _sparse(threat: L1, classes: int) -> Iterator[Stage]:
     """Under L1 many short searches from larger balls, for the right sparsity has to be found, and where a search ends hangs on luck.
 
-    None is best everywhere (`benchmarks/l1_starts.py`), so there are several: those of `_four_kinds`, and runs aimed at each class.
-    From where they came closest a local search breaks, for few gradients, about what as many runs again would. Where gradients mislead
-    near the clean input a walk inward breaks what all of them leave: one each shows whether more pay, and those whether still more.
-    Samples that came near get more and longer runs; what still falls then is anywhere, so that rows that are left go to all that
-    stand, in several stages, for runs that end early leave room for others.
+    None is best everywhere (`benchmarks/l1_starts.py`), so there are several: those of `_four_kinds`, and runs aimed at each class. A local
+    search goes on from where they came closest, for few gradients. Where gradients mislead near the clean input a walk inward breaks what
+    all of them leave: one each shows whether more pay, and those whether still more. Samples that came near get more and longer runs; what
+    still falls then is anywhere, so that rows that are left go to all that stand, in several stages, for runs that end early leave room for
+    others.
     """
     yield from _four_kinds(threat, classes, 1, 1)
     yield _at_classes(threat, classes, 5)
@@ -314,7 +315,7 @@ def _sparse(threat: L1, classes: int) -> Iterator[Stage]:
 
 def _from_closest(threat: L1) -> Stage:
     """A look without a gradient counts half."""
-    return Stage(swaps(8, threat, tries=6, shares=(0.1, 0.3)), 32, onward=True)
+    return Stage(swaps(8, threat, tries=6, shares=(0.1, 0.3)), 32, from_closest=True)
 
 
 def _four_kinds(threat: L1, classes: int, first: int, count: int, fill: bool = False) -> Iterator[Stage]:

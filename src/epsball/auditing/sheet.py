@@ -58,7 +58,7 @@ class Hits:
         size: (N,) float64. predicted: (N,) class answered. invalid: (N,) float64, the smallest radius at which the search
             met a NaN or infinite answer; infinite where it met none.
         near: (N,) float64, the smallest margin that searches came down to, as a share of the clean one; 1 before any.
-        close: row -> (share, (...)): how near, and where, searches came since the last that went on from there.
+        closest: row -> (share, (...)): how near, and where, searches under L1 came since the last that went on from there.
         z: row -> (...) the adversary's variable, for threats where it is not the input; else empty.
     """
 
@@ -68,7 +68,7 @@ class Hits:
     predicted: Tensor
     invalid: Tensor
     near: Tensor
-    close: dict[int, tuple[float, Tensor]] = field(default_factory=dict)
+    closest: dict[int, tuple[float, Tensor]] = field(default_factory=dict)
     z: dict[int, Tensor] = field(default_factory=dict)
 
     @staticmethod

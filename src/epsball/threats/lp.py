@@ -145,20 +145,49 @@ def _fit_l2(wanted: Tensor, low: Tensor, high: Tensor, radius: Tensor) -> Tensor
 
 
 def _fit_l1(wanted: Tensor, low: Tensor, high: Tensor, radius: Tensor) -> Tensor:
-    """clip(wanted cut toward 0 by t), t the smallest that fits: the length is piecewise linear in t.
-
-    Its kinks are where a feature starts (|wanted|) and stops (|wanted| - space) growing as t falls: sort, sum, read off.
-    """
+    """clip(wanted cut toward 0 by t), t the smallest that fits: the length falls with t, and is piecewise linear."""
     long, space = wanted.abs(), torch.where(wanted > 0, high, -low)
+    shift = (_cut_by_sorting if long.shape[1] <= _SORTED else _cut_by_steps)(long, space, radius)
+    change = torch.minimum((long - shift).clamp(min=0.0), space)
+    # Far outside the ball long - shift keeps few digits: whatever rounding added is scaled away.
+    return wanted.sign() * change * (radius / change.sum(1, keepdim=True).clamp(min=1e-300)).clamp(max=1.0)
+
+
+_SORTED = 256
+"""Features up to which sorting takes less time than a few sums."""
+_NEWTON = 12
+"""Newton's steps after which bounds are only halved."""
+
+
+def _cut_by_sorting(long: Tensor, space: Tensor, radius: Tensor) -> Tensor:
+    """(R, 1): by what to cut lengths (R, F), each no longer than its space (R, F), so that their sum is the radius (R, 1).
+
+    The sum has kinks where a feature starts (long) and stops (long - space) growing as the cut falls: sort, sum, read off.
+    """
     kinks, order = torch.cat([long, (long - space).clamp(min=0.0)], 1).sort(1, descending=True)
     growing = torch.where(order < long.shape[1], 1.0, -1.0).to(long).cumsum(1)
     lengths = torch.nn.functional.pad((growing * -kinks.diff(dim=1, append=torch.zeros_like(kinks[:, :1]))).cumsum(1), (1, 0))
     last = (torch.searchsorted(lengths, radius, right=False) - 1).clamp(0, kinks.shape[1] - 1)
     missing = (radius - lengths.gather(1, last)).clamp(min=0.0)
-    shift = kinks.gather(1, last) - missing / growing.gather(1, last).clamp(min=1.0)
-    change = torch.minimum((long - shift).clamp(min=0.0), space)
-    # Far outside the ball long - shift keeps few digits: whatever rounding added is scaled away.
-    return wanted.sign() * change * (radius / change.sum(1, keepdim=True).clamp(min=1e-300)).clamp(max=1.0)
+    return kinks.gather(1, last) - missing / growing.gather(1, last).clamp(min=1.0)
+
+
+def _cut_by_steps(long: Tensor, space: Tensor, radius: Tensor) -> Tensor:
+    """The same by Newton's steps, which within one piece are exact, between bounds that every step narrows; else their middle."""
+    least, most = torch.zeros_like(radius), long.amax(1, keepdim=True)
+    shift, close, steps = least, 4 * torch.finfo(long.dtype).eps * radius, 0
+    while True:
+        rest = (long - shift).clamp_(min=0.0)
+        excess = torch.minimum(rest, space).sum(1, keepdim=True) - radius
+        newton = shift + excess / ((rest > 0) & (rest <= space)).sum(1, keepdim=True)
+        over = excess > 0
+        least, most = torch.where(over, shift, least), torch.where(over, most, shift)
+        middle = (least + most) / 2
+        further = torch.where((newton > least) & (newton < most), newton, middle) if steps < _NEWTON else middle
+        going = (excess.abs() > close) & (newton != shift) & (further > least) & (further < most)
+        if not bool(going.any()):
+            return shift
+        shift, steps = torch.where(going, further, shift), steps + 1
 
 
 def _ranked(values: Tensor, count: Tensor) -> Tensor:
