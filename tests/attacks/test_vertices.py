@@ -72,6 +72,17 @@ def test_the_vertex_spends_the_radius_on_the_steepest_features(box: tuple[float,
     assert torch.allclose(change, expected, atol=1e-12)
 
 
+def test_it_begins_where_it_is_told_to_within_the_first_ball() -> None:
+    x, y = center(3)
+    model, start = Seen(100.0), x.clone()
+    start[0, 3], start[1, 2], start[2, :4] = 0.75, 0.5, 0.0  # changes of 0.25, none, and 2
+    search = Attack("vertices", L1(), margin, Vertices((1.0, 1.0), (0.3, 0.3), 0.02, start=start), 1)
+    search(model, x, y, 1.0)
+    assert model.sizes[3:6] == pytest.approx([0.25, 0.0, 1.0], abs=1e-6)
+    with pytest.raises(BadInput, match="give one point per input"):
+        search(model, x[:2], y[:2], 1.0)
+
+
 @pytest.mark.parametrize(("radius", "narrow"), [(0.5, 0), (20.0, 0), (20.0, 900), (400.0, 0), (5000.0, 0)])
 def test_of_many_features_the_vertex_is_the_same(radius: float, narrow: int) -> None:
     """Spent one by one, by falling slope; the `narrow` steepest have next to no room, so that more are needed than seemed likely."""

@@ -455,7 +455,7 @@ def test_under_l1_no_start_comes_twice(effort: str, single: bool) -> None:
     """Of one search at one goal: runs of one number begin at the same point, whatever they climb and however long."""
     starts: dict[str, list[int]] = {}
     for stage in plan(named("l1"), effort, classes=10, single_label=single, gradients=True):
-        if isinstance(stage.attack, EveryTarget):
+        if isinstance(stage.attack, EveryTarget) or stage.from_closest:
             continue
         begin, count = (stage.attack.first or 0, stage.attack.count) if isinstance(stage.attack, Restarts) else (0, 1)
         starts.setdefault(stage.attack.name, []).extend(range(begin, begin + count))
@@ -508,9 +508,11 @@ def test_under_l1_searches_are_followed_by_one_from_where_they_came_closest(effo
     going_on = [place for place, stage in enumerate(stages) if stage.from_closest]
     assert going_on
     assert all(stages[place - 1].attack.name in ("vertices", "vertices_t") for place in going_on)
-    assert all(stages[place].attack.name == "swaps" for place in going_on)
+    assert all(stages[place].attack.name == "swaps" for place in going_on if stages[place].last)
+    assert all(stages[place + 1].last for place in going_on if not stages[place].last)
+    assert any(not stages[place].last for place in going_on) is (effort != "fast")
     if effort == "default":
-        assert stages[-1].from_closest
+        assert stages[-1].last
 
 
 def test_who_came_close_is_searched_on_from_there_once() -> None:
@@ -527,6 +529,32 @@ def test_who_came_close_is_searched_on_from_there_once() -> None:
     assert hits.closest == {}
     attack_round(sheet, referee, current, going_on, 0, True, lambda *_: None)
     assert len(current.attacks) == 1
+
+
+def test_a_climb_from_the_closest_point_ends_closer_and_another_search_goes_on_from_there() -> None:
+    data, specs = digits(100), (parse_threat("l1:1"),)
+    sheet, referee = prepare(Subject(wrap(load("digits-robust")), data.x, data.y, data.indices, "digits", {}), Plan(specs, "default"))
+    (current,), hits = sheet.rounds, sheet.hits["l1"]
+    stages = plan(named("l1"), "default", classes=10, single_label=True, gradients=True)
+    place = next(place for place, stage in enumerate(stages) if stage.from_closest)
+    for stage in stages[:place]:
+        attack_round(sheet, referee, current, stage, 0, True, lambda *_: None)
+
+    def close() -> dict[int, float]:
+        standing = sheet.standing("l1", 1.0)
+        return {row: share for row, (share, _) in hits.closest.items() if bool(standing[row])}
+
+    before = close()
+    assert len(before) > 2
+    for stage, name, tried in ((stages[place], "vertices", before), (stages[place + 1], "swaps", None)):
+        tried = close() if tried is None else tried
+        attack_round(sheet, referee, current, stage, 0, True, lambda *_: None)
+        assert (current.attacks[-1].name, current.attacks[-1].tried) == (name, len(tried))
+        if name == "vertices":
+            assert close()
+            assert set(close()) <= set(before)
+            assert sum(close().values()) < sum(before[row] for row in close())
+    assert close() == {}
 
 
 def test_where_searches_came_closest_is_kept_under_l1() -> None:

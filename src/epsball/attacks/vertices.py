@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from epsball.attacks.inward import first_points
 from epsball.attacks.minimal import limits, offered
 from epsball.attacks.registry import register
 from epsball.core import Attack, Gradient, Objective, Problem, Projects, Reading, autograd
@@ -80,6 +81,7 @@ class Vertices:
             both are one ball, every run draws its step.
         last: last step; half a cosine leads there. memory: of the averaged gradient.
         noise: from a random point of a first ball that is drawn; else from the clean input, in the largest.
+        start: (B, ...) where each sample begins instead; None: as `noise` says.
     """
 
     first: tuple[float, float]
@@ -88,15 +90,19 @@ class Vertices:
     memory: float = 0.7
     gradient: Gradient = autograd
     noise: bool = True
+    start: Tensor | None = None
 
     def init(self, problem: Problem, steps: int) -> _Tour:
-        """At a random point of the first ball."""
+        """At the start, or at a random point of the first ball."""
         (least, most), (short, long) = self.first, self.share
         drawn = torch.ones_like(problem.radius)
         if self.noise:
             drawn = problem.key.fold("tour").uniform(problem.ids, drawn)
         first, share = least * (most / least) ** drawn, long + (short - long) * drawn
-        z = problem.threat.start(problem.x, first * problem.radius, problem.key if self.noise else None, problem.ids)
+        if self.start is None:
+            z = problem.threat.start(problem.x, first * problem.radius, problem.key if self.noise else None, problem.ids)
+        else:
+            z = problem.threat.project(problem.x, first_points(problem, self.start), first * problem.radius)
         return _Tour(z, first, share, torch.zeros_like(z), torch.zeros(len(z), dtype=torch.bool, device=z.device), 0, steps)
 
     def step(self, problem: Problem, state: _Tour) -> tuple[Reading, _Tour]:

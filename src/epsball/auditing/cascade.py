@@ -170,7 +170,7 @@ def attack_round(
         spent = outcome.queries[claimed][kept]
         current.beyond += len(broken) if stage.beyond else 0
         hits.radius[broken] = current.radius  # last: an interrupt before this line leaves these samples standing
-    outcome = note_near(sheet, current, rows, outcome, not stage.from_closest)
+    outcome = note_near(sheet, current, rows, outcome, stage.last)
     current.attacks.append(attack_row(attack.name, repr(stage.attack), len(rows), len(broken), outcome, time.perf_counter() - started))
     return spent
 
@@ -181,10 +181,10 @@ def worth(current: Round, stage: Stage) -> bool:
     return before.broken >= stage.pays * before.tried
 
 
-def note_near(sheet: Sheet, current: Round, rows: Tensor, outcome: Outcome, fresh: bool) -> Outcome:
+def note_near(sheet: Sheet, current: Round, rows: Tensor, outcome: Outcome, last: bool) -> Outcome:
     """Writes down how near a search came to breaking those that still stand, and books the one row each that it takes to see.
 
-    Under L1 also where a `fresh` search came closest, for another to go on from there.
+    Under L1 also where a search came closest, for another to go on from there, but the `last`.
     """
     subject, hits = sheet.subject, sheet.hits[current.threat]
     left = (hits.radius[rows] > current.radius).nonzero().squeeze(1)
@@ -196,7 +196,7 @@ def note_near(sheet: Sheet, current: Round, rows: Tensor, outcome: Outcome, fres
     now, clean = (gap(answers.double(), goal) for answers in (output, sheet.clean[place].cpu()))
     share = (now / clean).nan_to_num(nan=1.0).clamp(min=0.0)
     hits.near[place] = torch.minimum(hits.near[place], share)
-    if fresh and isinstance(sheet.threat(current.threat), L1):
+    if not last and isinstance(sheet.threat(current.threat), L1):
         for row, at, near in zip(place.tolist(), left.tolist(), share.tolist(), strict=True):
             if near <= hits.closest.get(row, (CLOSE,))[0]:
                 hits.closest[row] = near, outcome.x_adv[at].cpu().clone()

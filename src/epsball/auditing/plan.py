@@ -32,6 +32,7 @@ from epsball.attacks import (
 from epsball.attacks.blackbox import searches
 from epsball.attacks.combine import Restarts, restarted
 from epsball.attacks.swaps import Swaps
+from epsball.attacks.vertices import Vertices
 from epsball.core import Access, Attack, AttackLike, Descent, Fading, Halving, Momentum, Near, Objective, Projects, Steepest, Victim, chain
 from epsball.errors import BadInput
 from epsball.objectives import cross_entropy, dlr, margin
@@ -64,8 +65,8 @@ class Stage:
     `near` leaves out samples whose best margin so far is more than this share of the clean one; `nearer`, for `Restarts`, a smaller share
     and a number, gives those beyond that share only so many of the runs; `fill`, for `Restarts`, the rows with a gradient that a run takes
     of a sample in the mean, gives as many runs as the round has rows for (`row_budget`); `pays` leaves out the whole stage where the attack
-    before broke less than this share of those it tried; `from_closest`, for `swaps`, begins where the searches since the last such stage
-    came closest, and leaves out samples that none came close to (`CLOSE`).
+    before broke less than this share of those it tried; `from_closest`, for `vertices` and `swaps`, begins where searches since the last
+    such stage came closest, and leaves out samples that none came close to (`CLOSE`).
     """
 
     attack: AttackLike
@@ -79,6 +80,11 @@ class Stage:
     pays: float = 0.0
     from_closest: bool = False
 
+    @property
+    def last(self) -> bool:
+        """No stage goes on from where this one ends: a second round of `swaps` from there found nothing."""
+        return self.from_closest and isinstance(self.attack, Attack) and isinstance(self.attack.strategy, Swaps)
+
     def suited(self, near: Tensor, left: int, start: Tensor | None = None) -> AttackLike | None:
         """The attack for samples that came down to `near` (B,) of their clean margins; None where no run fits.
 
@@ -88,7 +94,7 @@ class Stage:
         """
         if self.from_closest:
             assert isinstance(self.attack, Attack)
-            assert isinstance(self.attack.strategy, Swaps)
+            assert isinstance(self.attack.strategy, Swaps | Vertices)
             return replace(self.attack, strategy=replace(self.attack.strategy, start=start))
         if self.nearer is None and not self.fill:
             return self.attack
@@ -257,8 +263,10 @@ def _norms(threat: Projects, effort: str, classes: int) -> Iterator[Stage]:
             yield _walks(threat, 60, 3, far=3, rounds=2)
             yield Stage(from_larger(100, 5, threat=threat, objective=margin, scales=_BALLS), 500)
             yield from _four_kinds(threat, classes, 1, 10)
+            yield _climb_from_closest(threat)
             yield _from_closest(threat)
             yield _runs(vertices(60, threat), 60, 41, 5)
+            yield _climb_from_closest(threat)
             yield _from_closest(threat)
         yield from _long(threat, classes)
 
@@ -297,20 +305,27 @@ def _sparse(threat: L1, classes: int) -> Iterator[Stage]:
     """Under L1 many short searches from larger balls, for the right sparsity has to be found, and where a search ends hangs on luck.
 
     None is best everywhere (`benchmarks/l1_starts.py`), so there are several: those of `_four_kinds`, and runs aimed at each class. A local
-    search goes on from where they came closest, for few gradients. Where gradients mislead near the clean input a walk inward breaks what
-    all of them leave: one each shows whether more pay, and those whether still more. Samples that came near get more and longer runs; what
-    still falls then is anywhere, so that rows that are left go to all that stand, in several stages, for runs that end early leave room for
-    others.
+    search goes on from where they came closest, for few gradients; of the closest points of long searches and walks a climb in short steps
+    makes more. Where gradients mislead near the clean input a walk inward breaks what all of them leave: one each shows whether more pay,
+    and those whether still more. Samples that came near get more and longer runs; what still falls then is anywhere, so that rows that are
+    left go to all that stand, in several stages, for runs that end early leave room for others.
     """
     yield from _four_kinds(threat, classes, 1, 1)
     yield _at_classes(threat, classes, 5)
+    yield _climb_from_closest(threat)
     yield _from_closest(threat)
     yield from _while_it_pays(_walks(threat, 30, 1, far=3, rounds=2), 2, 4)
     yield replace(_runs(vertices(30, threat), 30, 8, 8, fill=18), near=NEAR, nearer=(0.05, 3))
+    yield _climb_from_closest(threat)
     yield _from_closest(threat)
     for first, count in ((16, 4), (32, 9)):
         yield from _four_kinds(threat, classes, first, count, fill=True)
         yield _from_closest(threat)
+
+
+def _climb_from_closest(threat: L1) -> Stage:
+    """Toward vertices of the budget itself, in steps that end short."""
+    return Stage(Attack("vertices", threat, cross_entropy, Vertices((1.0, 1.0), (0.3, 0.3), 0.02), 20), 20, from_closest=True)
 
 
 def _from_closest(threat: L1) -> Stage:
