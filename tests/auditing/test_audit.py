@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -29,7 +30,7 @@ from epsball.core import Attack, AttackLike
 from epsball.errors import BadInput
 from epsball.models import wrap
 from epsball.models.digits import load
-from epsball.objectives import cross_entropy, dlr, margin
+from epsball.objectives import cross_entropy, dlr, dlr_targeted, margin
 from epsball.store import evidence
 from epsball.threats import named, parse_threat
 
@@ -584,6 +585,33 @@ def test_a_stage_that_fills_runs_as_often_as_fits(spent: int, runs: int | None) 
     if isinstance(attack, Restarts):
         assert isinstance(attack.abreast, torch.Tensor)
         assert attack.abreast.tolist() == [runs] * 4
+
+
+def test_under_l2_rows_that_are_left_go_to_another_loss() -> None:
+    *_, last = plan(named("l2"), "default", classes=10, single_label=True, gradients=True)
+    assert isinstance(last.attack, EveryTarget)
+    assert isinstance(last.attack.attack, Attack)
+    assert last.attack.attack.objective is dlr_targeted
+    near = torch.full((4,), 0.2, dtype=torch.float64)
+    counts = []
+    for left in (8 * last.fill, 7 * last.fill, 3 * last.fill):
+        attack = last.suited(near, left)
+        assert attack is None or isinstance(attack, EveryTarget)
+        counts.append(None if attack is None else attack.abreast)
+    assert [count if count is None else count.tolist() for count in counts if not isinstance(count, bool)] == [[2] * 4, [1] * 4, None]
+    *_, other = plan(named("l2"), "default", classes=10, single_label=False, gradients=True)
+    assert not isinstance(other.attack, EveryTarget)
+
+
+def test_fewer_targets_for_some_are_the_most_promising_ones() -> None:
+    """Whole numbers say how many of its targets each sample is attacked at."""
+    data, model = digits(8), load("digits-standard")
+    asked = eb.attacks.apgd_t(3, targets=3, threat=named("l2"))
+    counts = torch.tensor([3, 1, 0, 2, 3, 1, 0, 2])
+    whole, some = (replace(asked, abreast=abreast)(model, data.x, data.y, 1e-6) for abreast in (True, counts))
+    steps = [(one - one.min()).tolist() for one in (whole.backwards, some.backwards)]
+    assert len(set(steps[0])) == 1
+    assert steps[1] == (3 * counts).tolist()
 
 
 def test_a_round_may_spend_on_who_stands_more_than_on_who_broke() -> None:

@@ -260,7 +260,7 @@ class EveryTarget:
     count: int
     order: Order
     name: str = "every_target"
-    abreast: bool | None = None
+    abreast: Abreast = None
 
     def __post_init__(self) -> None:
         if self.count < 1:

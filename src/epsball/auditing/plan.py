@@ -35,7 +35,7 @@ from epsball.attacks.swaps import Swaps
 from epsball.attacks.vertices import Vertices
 from epsball.core import Access, Attack, AttackLike, Descent, Fading, Halving, Momentum, Near, Objective, Projects, Steepest, Victim, chain
 from epsball.errors import BadInput
-from epsball.objectives import cross_entropy, dlr, margin
+from epsball.objectives import cross_entropy, dlr, dlr_targeted, margin
 from epsball.threats import L0, L1, L2, Color, Flow, Linf, Patch, Rigid
 
 EFFORTS = ("fast", "default", "max")
@@ -63,10 +63,10 @@ class Stage:
     `victim` is what it looks at where that is not the model itself; `keep` goes on with samples that seem broken, for a random model's
     answer may have been luck; `beyond` marks what does not follow the model's own gradients although it has some;
     `near` leaves out samples whose best margin so far is more than this share of the clean one; `nearer`, for `Restarts`, a smaller share
-    and a number, gives those beyond that share only so many of the runs; `fill`, for `Restarts`, the rows with a gradient that a run takes
-    of a sample in the mean, gives as many runs as the round has rows for (`row_budget`); `pays` leaves out the whole stage where the attack
-    before broke less than this share of those it tried; `from_closest`, for `vertices` and `swaps`, begins where searches since the last
-    such stage came closest, and leaves out samples that none came close to (`CLOSE`).
+    and a number, gives those beyond that share only so many of the runs; `fill`, for `Restarts` and `EveryTarget`, the rows with a gradient
+    that a run takes of a sample in the mean, gives as many runs as the round has rows for (`row_budget`); `pays` leaves out the whole stage
+    where the attack before broke less than this share of those it tried; `from_closest`, for `vertices` and `swaps`, begins where searches
+    since the last such stage came closest, and leaves out samples that none came close to (`CLOSE`).
     """
 
     attack: AttackLike
@@ -98,7 +98,7 @@ class Stage:
             return replace(self.attack, strategy=replace(self.attack.strategy, start=start))
         if self.nearer is None and not self.fill:
             return self.attack
-        assert isinstance(self.attack, Restarts)
+        assert isinstance(self.attack, Restarts | EveryTarget)
         runs = torch.full_like(near, self.attack.count, dtype=torch.int64)
         if self.nearer is not None:
             runs = torch.where(near <= self.nearer[0], runs, self.nearer[1])
@@ -275,7 +275,8 @@ def _default(threat: Projects, classes: int) -> Iterator[Stage]:
     """Under Linf twenty steps toward each of the three nearest classes break what a hundred toward nine do, but for 1 or 2 of 100
     samples. What they miss, other starts find, and another loss; few only more steps. More starts pay only for samples that came
     near. Where walks under Linf break many of those (networks whose gradients mislead), twenty steps toward every class break some
-    more. Under L2 a walk from far away breaks what nothing from near by does, on such networks; one each shows whether more pay.
+    more. Under L2 a walk from far away breaks what nothing from near by does, on such networks; one each shows whether more pay. Rows that
+    are left go to targeted DLR, which leads elsewhere than the margin.
     """
     if isinstance(threat, L1):
         yield from _sparse(threat, classes)
@@ -292,6 +293,9 @@ def _default(threat: Projects, classes: int) -> Iterator[Stage]:
     else:
         yield from _while_it_pays(_walks(threat, 30, 1, far=3, rounds=2), 2, 1)
         yield replace(_runs(outside_in(40, threat, far=3, rounds=2), 49, 3, 9), near=NEARER, nearer=(0.03, 1))
+        if classes:
+            other = apgd_t(20, targets=min(2, classes - 1), threat=threat, objective=dlr_targeted)
+            yield Stage(replace(other, abreast=True), 46, near=0.5, fill=23)
 
 
 def _while_it_pays(one: Stage, more: int, times: int) -> Iterator[Stage]:
