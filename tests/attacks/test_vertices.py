@@ -83,6 +83,18 @@ def test_it_begins_where_it_is_told_to_within_the_first_ball() -> None:
         search(model, x[:2], y[:2], 1.0)
 
 
+def test_of_equal_slopes_the_batch_does_not_decide() -> None:
+    """Beside a sample that needs most features, and alone."""
+    x, slope = torch.full((2, 1000), 0.5, dtype=torch.float64), torch.ones(2, 1000, dtype=torch.float64)
+    slope[:, ::7] = 2.0
+    size, victim = torch.tensor([20.0, 400.0], dtype=torch.float64), Victim(Seen(1.0, torch.ones(1000)))
+    labels = torch.zeros(2, dtype=torch.int64)
+    clean = victim.outputs(x, Tally.zeros(2))
+    both = Problem(victim, x, Untargeted(labels), L1(Room(box=(0.0, 1.0))), margin, size, torch.arange(2), clean, Key.of(0), Tally.zeros(2))
+    one = both.take(torch.tensor([0]))
+    assert torch.equal(vertex(both, slope, size)[:1], vertex(one, slope[:1], size[:1]))
+
+
 @pytest.mark.parametrize(("radius", "narrow"), [(0.5, 0), (20.0, 0), (20.0, 900), (400.0, 0), (5000.0, 0)])
 def test_of_many_features_the_vertex_is_the_same(radius: float, narrow: int) -> None:
     """Spent one by one, by falling slope; the `narrow` steepest have next to no room, so that more are needed than seemed likely."""

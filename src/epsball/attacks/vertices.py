@@ -20,6 +20,8 @@ from epsball.threats import L1
 
 _LARGER = 0.5
 """Share of the looks that larger balls take."""
+_SORTED = 256
+"""Features up to which sorting all takes no longer than finding the steepest."""
 _CHECKS = (0.3, 0.6, 0.85, 1.0)
 """Shares of those after which a search that has reached its goal nowhere since the last check is over."""
 
@@ -32,21 +34,22 @@ def vertex(problem: Problem, slope: Tensor, radius: Tensor) -> Tensor:
     low, high = limits(problem)
     end = torch.where(slope > 0, high, low)
     room = torch.minimum((end - problem.x).abs(), per_sample(radius, slope)).flatten(1)
-    order = _steepest(slope.flatten(1).abs().masked_fill_(room == 0, -1.0), room, radius.to(room))
-    sorted_room = room.gather(1, order)
-    left = (radius.to(room)[:, None] - (sorted_room.cumsum(1) - sorted_room)).clamp(min=0)
-    move = torch.zeros_like(room).scatter(1, order, torch.minimum(sorted_room, left))
+    steep, most = slope.flatten(1).abs().masked_fill_(room == 0, -1.0), radius.to(room)
+    if room.shape[1] <= _SORTED:
+        move = _spent(steep.argsort(1, descending=True), room, most)
+    else:  # few features usually do; who needs more is seen row by row, so that the batch decides nothing
+        first = steep.topk(room.shape[1] // 8, dim=1).indices
+        move, short = _spent(first, room, most), (room.gather(1, first).sum(1) < most).nonzero().squeeze(1)
+        if len(short):
+            move = move.index_copy(0, short, _spent(steep[short].argsort(1, descending=True), room[short], most[short]))
     return problem.x + move.reshape(slope.shape) * slope.sign()
 
 
-def _steepest(steep: Tensor, room: Tensor, radius: Tensor) -> Tensor:
-    """(B, K): places of the largest of `steep` (B, F), falling, at least as many as it takes to spend the radius (B,) in room (B, F)."""
-    likely = 32 + 2 * float(radius.amax()) / max(float(room.amax()), 1e-9)
-    if 4 * likely < steep.shape[1]:  # else sorting all takes no longer
-        first = steep.topk(round(likely), dim=1).indices
-        if bool((room.gather(1, first).sum(1) >= radius).all()):
-            return first
-    return steep.argsort(1, descending=True)
+def _spent(order: Tensor, room: Tensor, radius: Tensor) -> Tensor:
+    """(B, F): the radius (B,), given out in this order (B, K) until it is spent; no feature gets more than its room (B, F)."""
+    fits = room.gather(1, order)
+    part = torch.minimum(fits, (radius[:, None] - (fits.cumsum(1) - fits)).clamp(min=0))
+    return torch.zeros_like(room).scatter(1, order, part)
 
 
 @dataclass(frozen=True)
