@@ -250,7 +250,7 @@ def _norms(threat: Projects, effort: str, classes: int) -> Iterator[Stage]:
         yield from _default(threat, classes)
     elif effort == "fast" and isinstance(threat, L1):
         yield from _four_kinds(threat, classes, 1, 1)
-        yield _from_closest(threat)
+        yield from _from_closest(threat)
         yield _walks(threat, 30, 1, far=3, rounds=2)
     elif effort == "fast":
         yield _aimed(threat, 10, 1, 3, classes)
@@ -263,11 +263,9 @@ def _norms(threat: Projects, effort: str, classes: int) -> Iterator[Stage]:
             yield _walks(threat, 60, 3, far=3, rounds=2)
             yield Stage(from_larger(100, 5, threat=threat, objective=margin, scales=_BALLS), 500)
             yield from _four_kinds(threat, classes, 1, 10)
-            yield _climb_from_closest(threat)
-            yield _from_closest(threat)
+            yield from _from_closest(threat, climb=True)
             yield _runs(vertices(60, threat), 60, 41, 5)
-            yield _climb_from_closest(threat)
-            yield _from_closest(threat)
+            yield from _from_closest(threat, climb=True)
         yield from _long(threat, classes)
 
 
@@ -316,25 +314,20 @@ def _sparse(threat: L1, classes: int) -> Iterator[Stage]:
     """
     yield from _four_kinds(threat, classes, 1, 1)
     yield _at_classes(threat, classes, 5)
-    yield _climb_from_closest(threat)
-    yield _from_closest(threat)
+    yield from _from_closest(threat, climb=True)
     yield from _while_it_pays(_walks(threat, 30, 1, far=3, rounds=2), 2, 4)
     yield replace(_runs(vertices(30, threat), 30, 8, 8, fill=18), near=NEAR, nearer=(0.05, 3))
-    yield _climb_from_closest(threat)
-    yield _from_closest(threat)
+    yield from _from_closest(threat, climb=True)
     for first, count in ((16, 4), (32, 9)):
         yield from _four_kinds(threat, classes, first, count, fill=True)
-        yield _from_closest(threat)
+        yield from _from_closest(threat)
 
 
-def _climb_from_closest(threat: L1) -> Stage:
-    """Toward vertices of the budget itself, in steps that end short."""
-    return Stage(Attack("vertices", threat, cross_entropy, Vertices((1.0, 1.0), (0.3, 0.3), 0.02), 20), 20, from_closest=True)
-
-
-def _from_closest(threat: L1) -> Stage:
-    """A look without a gradient counts half."""
-    return Stage(swaps(8, threat, tries=6, shares=(0.1, 0.3)), 32, from_closest=True)
+def _from_closest(threat: L1, climb: bool = False) -> Iterator[Stage]:
+    """After a climb toward vertices of the budget itself, in steps that end short. A look without a gradient counts half."""
+    if climb:
+        yield Stage(Attack("vertices", threat, cross_entropy, Vertices((1.0, 1.0), (0.3, 0.3), 0.02), 20), 20, from_closest=True)
+    yield Stage(swaps(8, threat, tries=6, shares=(0.1, 0.3)), 32, from_closest=True)
 
 
 def _four_kinds(threat: L1, classes: int, first: int, count: int, fill: bool = False) -> Iterator[Stage]:
