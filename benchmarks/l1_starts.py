@@ -147,7 +147,7 @@ def main() -> None:
     parser.add_argument("--n", type=int, default=200)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    names = [f"{name} l1" for name in (*RADII, *other_networks.KNOWN) if not arguments.only or any(word in name for word in arguments.only)]
+    names = [f"{name} l1" for name in (*RADII, *other_networks.EARLY) if not arguments.only or any(word in name for word in arguments.only)]
     found = {}
     for at in (*cases(arguments.n, 0, names), *other_networks.cases(arguments.n, names)):
         name = f"{at.name}:{at.text}"

@@ -517,7 +517,7 @@ def test_under_l1_searches_are_followed_by_one_from_where_they_came_closest(effo
 
 
 def test_who_came_close_is_searched_on_from_there_once() -> None:
-    """A search that ends at 5 % of the clean margin, one that ends at 50 %, and one that is not asked again."""
+    """One of three samples; its point is used up."""
     data, specs = digits(3), (parse_threat("l1:1"),)
     sheet, referee = prepare(Subject(wrap(load("digits-robust")), data.x, data.y, data.indices, "digits", {}), Plan(specs, "fast"))
     (current,), hits = sheet.rounds, sheet.hits["l1"]
@@ -547,14 +547,14 @@ def test_a_climb_from_the_closest_point_ends_closer_and_another_search_goes_on_f
 
     before = close()
     assert len(before) > 2
-    for stage, name, tried in ((stages[place], "vertices", before), (stages[place + 1], "swaps", None)):
-        tried = close() if tried is None else tried
-        attack_round(sheet, referee, current, stage, 0, True, lambda *_: None)
-        assert (current.attacks[-1].name, current.attacks[-1].tried) == (name, len(tried))
-        if name == "vertices":
-            assert close()
-            assert set(close()) <= set(before)
-            assert sum(close().values()) < sum(before[row] for row in close())
+    attack_round(sheet, referee, current, stages[place], 0, True, lambda *_: None)
+    assert (current.attacks[-1].name, current.attacks[-1].tried) == ("vertices", len(before))
+    after = close()
+    assert after
+    assert set(after) <= set(before)
+    assert sum(after.values()) < sum(before[row] for row in after)
+    attack_round(sheet, referee, current, stages[place + 1], 0, True, lambda *_: None)
+    assert (current.attacks[-1].name, current.attacks[-1].tried) == ("swaps", len(after))
     assert close() == {}
 
 
@@ -593,12 +593,12 @@ def test_under_l2_rows_that_are_left_go_to_another_loss() -> None:
     assert isinstance(last.attack.attack, Attack)
     assert last.attack.attack.objective is dlr_targeted
     near = torch.full((4,), 0.2, dtype=torch.float64)
-    counts = []
-    for left in (8 * last.fill, 7 * last.fill, 3 * last.fill):
+    for runs, left in ((2, 8 * last.fill), (1, 7 * last.fill)):
         attack = last.suited(near, left)
-        assert attack is None or isinstance(attack, EveryTarget)
-        counts.append(None if attack is None else attack.abreast)
-    assert [count if count is None else count.tolist() for count in counts if not isinstance(count, bool)] == [[2] * 4, [1] * 4, None]
+        assert isinstance(attack, EveryTarget)
+        assert isinstance(attack.abreast, torch.Tensor)
+        assert attack.abreast.tolist() == [runs] * 4
+    assert last.suited(near, 3 * last.fill) is None
     *_, other = plan(named("l2"), "default", classes=10, single_label=False, gradients=True)
     assert not isinstance(other.attack, EveryTarget)
 

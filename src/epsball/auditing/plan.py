@@ -292,8 +292,7 @@ def _default(threat: Projects, classes: int) -> Iterator[Stage]:
         yield from _while_it_pays(_walks(threat, 30, 1, far=3, rounds=2), 2, 1)
         yield replace(_runs(outside_in(40, threat, far=3, rounds=2), 49, 3, 9), near=NEARER, nearer=(0.03, 1))
         if classes:
-            other = apgd_t(20, targets=min(2, classes - 1), threat=threat, objective=dlr_targeted)
-            yield Stage(replace(other, abreast=True), 46, near=0.5, fill=23)
+            yield replace(_aimed(threat, 20, 3, 2, classes, dlr_targeted), near=0.5, fill=23)
 
 
 def _while_it_pays(one: Stage, more: int, times: int) -> Iterator[Stage]:
@@ -324,7 +323,8 @@ def _sparse(threat: L1, classes: int) -> Iterator[Stage]:
 
 
 def _from_closest(threat: L1, climb: bool = False) -> Iterator[Stage]:
-    """After a climb toward vertices of the budget itself, in steps that end short. A look without a gradient counts half."""
+    """A local search from there; where told to `climb`, one in short steps toward vertices of the budget first. In the estimate of rows a
+    look without a gradient counts half."""
     if climb:
         yield Stage(Attack("vertices", threat, cross_entropy, Vertices((1.0, 1.0), (0.3, 0.3), 0.02), 20), 20, from_closest=True)
     yield Stage(swaps(8, threat, tries=6, shares=(0.1, 0.3)), 32, from_closest=True)
@@ -367,13 +367,13 @@ def _long(threat: Projects, classes: int) -> Iterator[Stage]:
         yield Stage(apgd_dlr(steps, 3, threat=threat), 3 * steps)
 
 
-def _aimed(threat: Projects, steps: int, restarts: int, targets: int, classes: int) -> Stage:
+def _aimed(threat: Projects, steps: int, restarts: int, targets: int, classes: int, objective: Objective = margin) -> Stage:
     """At the nearest classes; the margin from several starts where nothing can be aimed at."""
     if not classes:
         return Stage(apgd(steps, restarts, threat=threat, objective=margin), steps * restarts)
     count = min(targets, classes - 1)
-    # Aimed at the margin, not at targeted DLR: on robust models it breaks more in the same steps.
-    aimed = replace(apgd_t(steps, targets=count, threat=threat, objective=margin), abreast=True)
+    # By the margin first, not by targeted DLR: on robust models it breaks more in the same steps.
+    aimed = replace(apgd_t(steps, targets=count, threat=threat, objective=objective), abreast=True)
     return Stage(aimed, steps * count + count + 4)
 
 
