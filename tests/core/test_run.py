@@ -15,6 +15,7 @@ from epsball.core import Attack, Descent, Key, OfRadius, Problem, Reading, Untar
 from epsball.core.rows import concatenate, take
 from epsball.objectives import margin
 from epsball.threats import L1, L2, Linf
+from epsball.threats.lp import Room
 
 X = torch.full((3, 2), 0.5)
 LABELS = torch.zeros(3, dtype=torch.int64)
@@ -227,3 +228,16 @@ def test_an_attack_is_a_value() -> None:
         assert " at 0x" not in shown
         assert entry.name.split("_")[0] in shown
     assert Key.of(Key.of(3)) == Key.of(3)
+
+
+@pytest.mark.parametrize("threat", [Linf(), L2(), L1()], ids=lambda threat: threat.name)
+def test_bounds_are_not_worked_out_again_for_fewer_samples(threat: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    b = bench()
+    problem = posed(b.model, b.x, b.labels, threat=threat, radius=0.3)
+    bounded, rows = problem.threat, torch.arange(1, len(b.x), 2)
+    bounded.project(problem.x, problem.x + 1, problem.radius)
+    with monkeypatch.context() as patched:
+        patched.setattr(Room, "_interval", None)
+        part = problem.narrowed(rows)
+        seen = bounded.project(part.x, part.x + 1, part.radius)
+    assert torch.equal(seen, threat.within((0.0, 1.0)).project(b.x[rows], b.x[rows] + 1, part.radius))

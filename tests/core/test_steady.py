@@ -18,8 +18,8 @@ def look(model: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
     return output.detach(), gradient
 
 
-@pytest.mark.parametrize("rows", [1, 2, 3, 5, 7])
-def test_small_batches_give_the_bits_of_large_ones(rows: int) -> None:
+@pytest.mark.parametrize("rows", [1, 2, 3, 5, 7, 9, 23, 33, 45])
+def test_batches_of_any_size_give_the_same_bits(rows: int) -> None:
     model, x = network(), eb.load_data("digits", n=64).x
     restore = steady(model)
     whole = look(model, x)
@@ -38,6 +38,31 @@ def test_nothing_is_left_behind_and_the_model_sees_its_true_batch() -> None:
     restore()
     assert seen == [1]
     assert [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()] == hooks
+
+
+def inside(model: nn.Module, batches: list[Tensor], monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
+    """What the convolution itself is given."""
+    seen, own = [], nn.Conv2d._conv_forward
+    monkeypatch.setattr(nn.Conv2d, "_conv_forward", lambda self, x, *rest: (seen.append(x), own(self, x, *rest))[1])
+    restore = steady(model)
+    for batch in batches:
+        assert len(model(batch)) == len(batch)
+    restore()
+    return seen
+
+
+def test_convolutions_see_few_sizes_and_little_more_than_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = inside(network(), [torch.rand(n, 1, 8, 8) for n in range(1, 129)], monkeypatch)
+    assert {len(x) for x in seen} == {*range(4, 65, 4), *range(72, 129, 8)}
+    assert all(len(x) - n < max(4, n / 8) for n, x in enumerate(seen, 1))
+
+
+@pytest.mark.parametrize("rows", [1, 3, 5, 9, 65])
+def test_the_layout_stays(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten())
+    (x,) = inside(model, [torch.rand(rows, 3, 8, 8).to(memory_format=torch.channels_last)], monkeypatch)
+    assert len(x) > rows
+    assert rows < 4 or x.is_contiguous(memory_format=torch.channels_last)
 
 
 def test_a_call_that_raised_leaves_no_trace_in_the_next() -> None:

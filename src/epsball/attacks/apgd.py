@@ -25,7 +25,7 @@ from epsball.core import (
     Strategy,
     autograd,
 )
-from epsball.core.rows import per_sample
+from epsball.core.rows import per_sample, rowwise
 from epsball.errors import BadInput
 from epsball.objectives import cross_entropy, dlr, dlr_targeted
 from epsball.threats import L1, Linf
@@ -74,7 +74,7 @@ class SparseAscent:
         reading = self.gradient(problem, state.z)
         score = torch.nan_to_num(reading.score, nan=-torch.inf)
         better = score > state.best_score
-        wide = per_sample(better, state.z) > 0
+        wide = rowwise(better, state.z)
         s = replace(
             state,
             best_score=torch.where(better, score, state.best_score),
@@ -86,7 +86,7 @@ class SparseAscent:
         z, gradient = reading.z, reading.gradient
         if s.since_check == s.period:
             s, sparser = self._adapt(problem, s)
-            back = per_sample(sparser, z) > 0
+            back = rowwise(sparser, z)
             z, gradient = torch.where(back, s.best_z, z), torch.where(back, s.best_gradient, gradient)
         direction = self._direction(torch.nan_to_num(gradient, nan=0.0), s.share)
         moved = problem.threat.project(problem.x, z + per_sample(s.step, z) * direction, problem.radius)

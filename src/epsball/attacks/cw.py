@@ -12,7 +12,7 @@ from torch import Tensor
 from epsball.attacks.minimal import Bracket, Round, finite, first_weight, hushed, limits, width
 from epsball.attacks.registry import register
 from epsball.core import Attack, Gradient, Problem, Projects, Reading, autograd
-from epsball.core.rows import per_sample
+from epsball.core.rows import per_sample, rowwise
 from epsball.core.rule import lengths
 from epsball.errors import BadInput
 from epsball.objectives import margin
@@ -301,7 +301,7 @@ class Dropping:
         rank = worth.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
         chosen = self._spread(rank < (count - leaving)[:, None], problem.x)
         before = torch.ones_like(chosen) if aim.allowed is None else aim.allowed
-        allowed = torch.where(per_sample(success | given_up, problem.x) > 0, chosen, before)
+        allowed = torch.where(rowwise(success | given_up, problem.x), chosen, before)
         weight = torch.where(lost & ~given_up, aim.weight * self.growth, aim.weight)
         tries = torch.where(success | given_up, torch.zeros_like(tries), tries + lost)
         return replace(aim, weight=weight, done=done, memory=(worth, count, leaving, tries), allowed=allowed), success | lost

@@ -10,7 +10,7 @@ from torch import Tensor
 from epsball.attacks.registry import register
 from epsball.attacks.walk import Trail, UntilReached, begin, best_others, crossings, look, nearest_plane
 from epsball.core import Attack, Problem, Projects, Reading, Untargeted, valid
-from epsball.core.rows import per_sample
+from epsball.core.rows import per_sample, rowwise
 from epsball.core.rule import normalized
 from epsball.errors import BadInput
 from epsball.objectives import margin
@@ -157,7 +157,7 @@ class Orthogonal:
             state,
             low=torch.where(hit, state.low, torch.maximum(state.low, state.t)),
             high=torch.where(hit, torch.minimum(state.high, state.t), state.high),
-            end=torch.where(per_sample(hit, state.end) > 0, trail.z, state.end),
+            end=torch.where(rowwise(hit, state.end), trail.z, state.end),
         )
         most = torch.where(s.round == self.rounds, self.search, (self.search + 1) // 2)
         over = ~s.afoot & (s.asked >= most)
@@ -167,7 +167,7 @@ class Orthogonal:
         t = torch.where(s.asked == 0, s.t, torch.where(torch.isfinite(s.high), (s.low + s.high) / 2, 1.25 * s.t))
         t = torch.where(over, self.back * t, t)
         along = problem.threat.project(problem.x, problem.x + per_sample(t, trail.z) * normalized(s.normal, 2), problem.radius)
-        z = torch.where(per_sample(~s.afoot & walking, trail.z) > 0, along, trail.z)
+        z = torch.where(rowwise(~s.afoot & walking, trail.z), along, trail.z)
         for first in (True, False):  # later walks try the nearest classes only
             z, trail = self._walked(problem, trail, z, (stepping & ((s.round == 0) == first)).nonzero().squeeze(1), first)
         walking &= ~stepping | (z != trail.z).flatten(1).any(1)

@@ -10,7 +10,7 @@ from torch import Tensor
 from epsball.attacks.minimal import Bracket, Round, finite, first_weight, hushed, less, limits, offered, width
 from epsball.attacks.registry import register
 from epsball.core import Attack, Gradient, Problem, Projects, Reading, autograd
-from epsball.core.rows import per_sample
+from epsball.core.rows import per_sample, rowwise
 from epsball.errors import BadInput
 from epsball.objectives import margin
 from epsball.threats import L1
@@ -108,7 +108,7 @@ class ElasticNet:
         if self.sparse:
             return hushed(problem, reading, success, done)
         last = done & torch.isfinite(state.best)
-        z = torch.where(per_sample(last, state.z) > 0, state.z, reading.z)
+        z = torch.where(rowwise(last, state.z), state.z, reading.z)
         output, score = torch.where(last[:, None], state.output, reading.output), torch.where(last, state.score, reading.score)
         return replace(offered(problem, Reading(z, z, output, score), last), over=done)
 

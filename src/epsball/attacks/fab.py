@@ -12,7 +12,7 @@ from epsball.attacks.minimal import limits
 from epsball.attacks.registry import register
 from epsball.attacks.walk import Trail, begin, best_others, crossings, look, nearest_plane
 from epsball.core import Attack, Problem, Projects, Reading, Targeted
-from epsball.core.rows import per_sample
+from epsball.core.rows import per_sample, rowwise
 from epsball.core.rule import lengths, normalized
 from epsball.errors import BadInput
 from epsball.objectives import margin
@@ -131,7 +131,7 @@ class Boundary:
         reading, trail, _ = look(problem, state.trail)
         hit = problem.goal.reached(trail.output)
         size = problem.threat.size(problem.x, trail.z)
-        new, wide = hit & (size < state.size), per_sample(hit & (size < state.size), trail.z) > 0
+        new, wide = hit & (size < state.size), rowwise(hit & (size < state.size), trail.z)
         s = replace(
             state,
             trail=trail,
@@ -145,7 +145,7 @@ class Boundary:
         run, place = divmod(trail.looks - 1, s.period)
         if self.aimed and run >= s.candidates.shape[1]:  # fewer classes than runs
             return reading, replace(s, trail=replace(trail, walking=torch.zeros_like(trail.walking)))
-        z = torch.where(per_sample(hit, trail.z) > 0, problem.x + self.beta * (trail.z - problem.x), trail.z)
+        z = torch.where(rowwise(hit, trail.z), problem.x + self.beta * (trail.z - problem.x), trail.z)
         if place == 0 and run > 0:
             z = self._restarted(problem, s.size, run)
         z = self._projected(problem, s, problem.threat.project(problem.x, z, problem.radius), run)
@@ -186,7 +186,7 @@ class Boundary:
         """The final search: where the margin, taken as linear between the two ends, is 0; a little beyond, to land outside."""
         begun = s.trail.looks > s.last + 1
         short = begun & torch.isfinite(s.size) & ~hit
-        near = torch.where(per_sample(short, s.near) > 0, s.trail.z, s.near)
+        near = torch.where(rowwise(short, s.near), s.trail.z, s.near)
         score = torch.where(short, s.trail.score, s.near_score)
         share = (score / (score - s.far_score)).nan_to_num(nan=1.0).clamp(0, 1)
         z = near + per_sample(share + 0.02 * (1 - share), near) * (s.best - near)

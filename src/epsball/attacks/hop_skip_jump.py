@@ -11,7 +11,7 @@ from torch import Tensor
 from epsball.attacks.decision import CHUNK, Found, bisect, interval, inward_path, label_only, look, look_many, start_near
 from epsball.attacks.registry import register
 from epsball.core import Attack, Key, Problem, Projects, Reading
-from epsball.core.rows import per_sample
+from epsball.core.rows import per_sample, rowwise
 from epsball.core.rule import normalized
 from epsball.core.victim import Access
 from epsball.errors import BadInput
@@ -135,7 +135,7 @@ class HopSkipJump:
             asked, hit, found = look(problem, found, there, want & ~moved & (step > size * theta))
             if not bool(asked.any()):
                 return self._back(problem, found, far, moved)
-            far, moved, step = torch.where(per_sample(hit, far) > 0, there, far), moved | hit, step / 2
+            far, moved, step = torch.where(rowwise(hit, far), there, far), moved | hit, step / 2
 
 
 def normal(problem: Problem, found: Found, point: Tensor, delta: Tensor, counts: Tensor, key: Key) -> tuple[Tensor, Found]:

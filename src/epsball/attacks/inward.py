@@ -23,16 +23,12 @@ from epsball.threats import L0, L1, L2, Linf
 
 @dataclass(frozen=True)
 class _Way:
-    """Where a walk stands: at z inside `radius` (B,); `best` (B,) is the smallest success, +inf before the first.
-
-    `clean` (B,) is the score of the clean input.
-    """
+    """Where a walk stands: at z inside `radius` (B,); `best` (B,) is the smallest success, +inf before the first."""
 
     z: Tensor
     radius: Tensor
     best: Tensor
     slope: Tensor
-    clean: Tensor
     looks: int
     steps: int
 
@@ -52,8 +48,7 @@ def first_points(problem: Problem, start: Tensor | None) -> Tensor:
 
 def _begin(problem: Problem, start: Tensor | None, steps: int) -> _Way:
     z = problem.threat.project(problem.x, first_points(problem, start), torch.full_like(problem.radius, torch.inf))
-    nothing, clean = torch.full_like(problem.radius, torch.inf), problem.objective(problem, problem.x, problem.x, problem.clean)
-    return _Way(z, problem.threat.size(problem.x, z), nothing, torch.zeros_like(z), clean, 0, max(steps, 1))
+    return _Way(z, problem.threat.size(problem.x, z), torch.full_like(problem.radius, torch.inf), torch.zeros_like(z), 0, max(steps, 1))
 
 
 def _seen(problem: Problem, reading: Reading, state: _Way) -> tuple[Tensor, Tensor]:
@@ -111,7 +106,9 @@ class Inward:
         last = torch.minimum(radius, problem.radius) if state.looks + 1 == state.steps else radius
         z = problem.threat.project(problem.x, state.z + per_sample(length, push) * direction, last)
         inside = problem.threat.size(problem.x, state.z) <= problem.radius
-        shown = offered(problem, reading, inside) if bool(inside.any()) else Reading(problem.x, problem.x, problem.clean, state.clean)
+        shown = (
+            offered(problem, reading, inside) if bool(inside.any()) else Reading(problem.x, problem.x, problem.clean, problem.clean_score)
+        )
         return replace(shown, over=over & ~inside), replace(state, z=z, radius=radius, best=best, looks=state.looks + 1)
 
     def _shrink(self, looks: int, steps: int) -> float:

@@ -10,7 +10,7 @@ from torch import Tensor
 from epsball.attacks.minimal import Bracket, Round, first_weight, hushed, limits
 from epsball.attacks.registry import register
 from epsball.core import Attack, Gradient, Problem, Projects, Reading, Untargeted, autograd
-from epsball.core.rows import per_sample
+from epsball.core.rows import rowwise
 from epsball.core.threat import Z
 from epsball.errors import BadInput
 from epsball.objectives import cross_entropy
@@ -114,7 +114,7 @@ class ProjectedLbfgs:
         better = success & (size < state.best)
         at = replace(
             state,
-            z=torch.where(per_sample(better, state.trial) > 0, state.trial, state.z),
+            z=torch.where(rowwise(better, state.trial), state.trial, state.z),
             best=torch.where(better, size, state.best),
             bracket=bracket,
         )

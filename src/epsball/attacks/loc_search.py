@@ -14,7 +14,7 @@ from epsball.attacks.registry import register
 from epsball.attacks.sparse_rs import pixels
 from epsball.attacks.square import as_image
 from epsball.core import Attack, Objective, Problem, Projects, Reading, valid
-from epsball.core.rows import Rows, per_sample
+from epsball.core.rows import Rows, rowwise
 from epsball.core.threat import Z
 from epsball.core.victim import Access
 from epsball.errors import BadInput
@@ -137,7 +137,7 @@ class LocalSearch:
         reading = problem.judge(state.z)
         found = worth(problem, reading)
         better = found > state.worth
-        best, value = torch.where(per_sample(better, state.z) > 0, state.z, state.best), torch.where(better, found, state.worth)
+        best, value = torch.where(rowwise(better, state.z), state.z, state.best), torch.where(better, found, state.worth)
         chosen = self._sites(problem, best, state.centers, key.fold("sites").uniform(problem.ids, state.centers.float()))
         count = chosen.shape[1]
         dropped = self._dropped(problem, best, key.fold("drop").uniform(problem.ids, chosen.float()))
@@ -153,7 +153,7 @@ class LocalSearch:
         top = torch.where((gains.gather(1, top) > value[:, None]) | ~helped[:, None], top, top[:, :1])
         new = self._changed(problem, best, self._kept(problem, best), chosen.gather(1, top), dropped.gather(1, top))
         centers = torch.zeros_like(state.centers).scatter(1, chosen.gather(1, top), helped[:, None].expand_as(top))
-        wide = per_sample(helped, best) > 0
+        wide = rowwise(helped, best)
         after = Round(new, torch.where(wide, answer.z[first], best), torch.where(helped, gain, value), centers, state.number + 1)
         one = Reading(answer.z[first], answer.x_adv[first], answer.output[first], answer.score[first])
         return _either(gain > found, one, reading), after

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from epsball.attacks.registry import register
 from epsball.core import Attack, Gradient, Objective, Problem, Projects, Reading, Targeted, Untargeted, autograd, valid
-from epsball.core.rows import per_sample
+from epsball.core.goal import tame
+from epsball.core.rows import per_sample, rowwise
 from epsball.core.rule import lengths, normalized, strictly_between, unit
 from epsball.core.threat import Z
 from epsball.errors import BadInput
@@ -349,9 +350,9 @@ def fmn(
 
 def offered(problem: Problem, reading: Reading, success: Tensor) -> Reading:
     """What `run` may keep: successes (B,), and answers that are no numbers; the clean input elsewhere, so that a failure returns it."""
-    muted, shown = hushed(problem, reading, success), success | ~valid(reading.output)
-    z = torch.where(per_sample(shown, reading.z) > 0, reading.z, problem.x)
-    return replace(muted, z=z, x_adv=z)
+    shown = _shown(reading, success)
+    z = torch.where(rowwise(shown, reading.z), reading.z, problem.x)
+    return replace(_hushed(problem, reading, shown), z=z, x_adv=z)
 
 
 def hushed(problem: Problem, reading: Reading, success: Tensor, over: Tensor | None = None) -> Reading:
@@ -359,10 +360,16 @@ def hushed(problem: Problem, reading: Reading, success: Tensor, over: Tensor | N
 
     `over` (B,) bool: whose search ends with this look.
     """
-    shown = success | ~valid(reading.output)
-    score = problem.objective(problem, problem.x, problem.x, problem.clean)
-    output = torch.where(shown[:, None], reading.output, problem.clean)
-    return Reading(reading.z, reading.x_adv, output, torch.where(shown, reading.score, score), over=over)
+    return replace(_hushed(problem, reading, _shown(reading, success)), over=over)
+
+
+def _shown(reading: Reading, success: Tensor) -> Tensor:
+    return success if tame(reading.output) else success | ~valid(reading.output)
+
+
+def _hushed(problem: Problem, reading: Reading, shown: Tensor) -> Reading:
+    output, score = torch.where(shown[:, None], reading.output, problem.clean), torch.where(shown, reading.score, problem.clean_score)
+    return Reading(reading.z, reading.x_adv, output, score)
 
 
 def finite(values: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor
 from epsball.attacks.decision import CHUNK, Found, Path, bisect, label_only, look, look_many, nearer, ray, start
 from epsball.attacks.registry import register
 from epsball.core import Attack, Key, Problem, Projects, Reading
-from epsball.core.rows import per_sample
+from epsball.core.rows import per_sample, rowwise
 from epsball.core.rule import normalized
 from epsball.core.victim import Access
 from epsball.errors import BadInput
@@ -115,7 +115,7 @@ class _Aim:
 
     def where(self, better: Tensor, theta: Tensor, distance: Tensor) -> _Aim:
         """With others for the samples `better`."""
-        return _Aim(torch.where(per_sample(better, theta) > 0, theta, self.theta), torch.where(better, distance, self.distance))
+        return _Aim(torch.where(rowwise(better, theta), theta, self.theta), torch.where(better, distance, self.distance))
 
 
 class Estimate(Protocol):

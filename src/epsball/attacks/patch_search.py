@@ -10,7 +10,7 @@ from torch import Tensor
 
 from epsball.attacks.random_search import schedule, worth
 from epsball.core import Problem, Reading, Targeted
-from epsball.core.rows import per_sample
+from epsball.core.rows import rowwise
 from epsball.errors import BadInput
 
 _EARLY = 0.3  # of the queries ask about patches of their own: on small images single colors break most, and only the place matters
@@ -26,9 +26,7 @@ class Painted:
 
     def where(self, chosen: Tensor, other: Painted) -> Painted:
         """This one for the samples `chosen` (B,), the other elsewhere."""
-        return Painted(
-            torch.where(per_sample(chosen, self.up) > 0, self.up, other.up), torch.where(chosen[:, None], self.corner, other.corner)
-        )
+        return Painted(torch.where(rowwise(chosen, self.up), self.up, other.up), torch.where(chosen[:, None], self.corner, other.corner))
 
 
 @dataclass(frozen=True)
@@ -102,12 +100,12 @@ class PatchSearch:
         color = (drawn[:, 4:] < 0.5)[:, :, None, None].expand_as(best.up)
         painted = torch.where(mask, color, best.up)
         same = (painted == best.up).flatten(1).all(1)
-        painted = torch.where(mask & (per_sample(same, painted) > 0), ~color, painted)
+        painted = torch.where(mask & rowwise(same, painted), ~color, painted)
         # one channel of one pixel, half the time once windows have shrunk to that
         channel = torch.arange(problem.x.shape[1], device=drawn.device) == (drawn[:, 2:3] * problem.x.shape[1]).long()
         single = (window.amax(1) == 1) & (drawn[:, 3] < 0.5)
         one = torch.where(mask & channel[:, :, None, None], ~best.up, best.up)
-        return replace(best, up=torch.where(per_sample(single, one) > 0, one, painted))
+        return replace(best, up=torch.where(rowwise(single, one), one, painted))
 
 
 def _sides(problem: Problem) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from epsball.core import Objective, Problem, Reading, Targeted, valid
-from epsball.core.rows import per_sample
+from epsball.core.rows import rowwise
 from epsball.core.threat import Z
 from epsball.objectives import cross_entropy, margin
 
@@ -75,6 +75,6 @@ class RandomSearch:
         reading = problem.judge(state.z)
         found = worth(problem, reading)
         better = (found > state.worth) | torch.isposinf(found)
-        best = torch.where(per_sample(better, state.z) > 0, state.z, state.best)
+        best = torch.where(rowwise(better, state.z), state.z, state.best)
         z = self.proposal.next(problem, best, state.looks, state.budget)
         return reading, Searched(z, best, torch.where(better, found, state.worth), state.looks + 1, state.budget)

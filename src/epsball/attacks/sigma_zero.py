@@ -11,7 +11,7 @@ from torch import Tensor
 from epsball.attacks.minimal import limits, offered, soft_margin
 from epsball.attacks.registry import register
 from epsball.core import Attack, Gradient, Objective, Problem, Projects, Reading, autograd
-from epsball.core.rows import per_sample
+from epsball.core.rows import per_sample, rowwise
 from epsball.core.rule import normalized
 from epsball.errors import BadInput
 from epsball.objectives import margin
@@ -128,10 +128,10 @@ class SmoothCount:
         reading, x, looks = problem.judge(state.z), problem.x, state.looks + 1
         size = problem.threat.size(x, state.z)
         won = problem.goal.reached(reading.output) & (size <= state.size)
-        wide = per_sample(won, x) > 0
+        wide = rowwise(won, x)
         vain = (state.z == x) & (state.best != x) & ~wide
         best, size = torch.where(wide, state.z, state.best), torch.where(won, size, state.size)
-        found = per_sample(torch.isfinite(size), x) > 0  # the others stay where they are
+        found = rowwise(torch.isfinite(size), x)  # the others stay where they are
         if state.looks == state.steps:  # the last point of the descent: nothing has been taken out yet
             z = torch.where(found, _driven(problem, best), state.z)
             return reading, replace(state, z=z, best=best, size=size, looks=looks)

@@ -14,7 +14,7 @@ from epsball.attacks.random_search import worth
 from epsball.attacks.registry import register
 from epsball.attacks.square import as_image
 from epsball.core import Attack, Objective, Problem, Projects, Reading
-from epsball.core.rows import per_sample
+from epsball.core.rows import per_sample, rowwise
 from epsball.core.victim import Access
 from epsball.errors import BadInput
 from epsball.objectives import cross_entropy
@@ -155,7 +155,7 @@ class Simple:
         reading = problem.judge(state.z)
         found = worth(problem, reading)
         better = (found > state.worth) | torch.isposinf(found)
-        best = torch.where(per_sample(better, state.z) > 0, state.z, state.best)
+        best = torch.where(rowwise(better, state.z), state.z, state.best)
         back = (state.sign == 1) & ~better
         place = torch.where(back, state.place, state.place + 1)
         sign = torch.where(back, -1, 1)

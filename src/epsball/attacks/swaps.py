@@ -11,7 +11,7 @@ from epsball.attacks.inward import first_points
 from epsball.attacks.minimal import limits
 from epsball.attacks.registry import register
 from epsball.core import Attack, Gradient, Objective, Problem, Projects, Reading, autograd, valid
-from epsball.core.rows import per_sample
+from epsball.core.rows import rowwise
 from epsball.errors import BadInput
 from epsball.objectives import margin
 from epsball.threats import L1
@@ -71,7 +71,7 @@ class Swaps:
         best = worth.argmax(1) + self.tries * rows
         better = worth.amax(1) > here.score
         old, new = ((r.z, r.x_adv, r.output, r.score) for r in (here, there))
-        found = Reading(*(torch.where(per_sample(better, a) > 0, b[best], a) for a, b in zip(old, new, strict=True)))
+        found = Reading(*(torch.where(rowwise(better, a), b[best], a) for a, b in zip(old, new, strict=True)))
         idle = torch.where(better, torch.zeros_like(state.idle), state.idle + 1)
         z = problem.threat.project(problem.x, found.z, problem.radius)
         return replace(found, over=idle >= self.patience), _Trial(z, idle, state.looks + 1)

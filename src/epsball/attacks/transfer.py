@@ -37,7 +37,7 @@ from epsball.core import (
     chain,
 )
 from epsball.core.attack import recipe
-from epsball.core.rows import per_sample
+from epsball.core.rows import per_sample, rowwise
 from epsball.core.rule import Memory, normalized
 from epsball.core.sources import Through, shown
 from epsball.core.threat import Z
@@ -214,7 +214,7 @@ class Diverse:
         zero = torch.zeros_like(scale)
         rows = (1 / scale, zero, -(2 * right - 1) * room / scale, zero, 1 / scale, -(2 * down - 1) * room / scale)
         grid = F.affine_grid(torch.stack(rows, 1).reshape(-1, 2, 3), list(x.shape), align_corners=False)
-        return torch.where(per_sample(coin < self.chance, x) > 0, F.grid_sample(x, grid, align_corners=False), x)
+        return torch.where(rowwise(coin < self.chance, x), F.grid_sample(x, grid, align_corners=False), x)
 
 
 @dataclass(frozen=True)

@@ -16,9 +16,19 @@ from epsball.errors import BadInput
 
 def valid(output: Tensor) -> Tensor:
     """(B,) bool: rows whose every score is finite. A NaN or infinite answer is no answer, hence no class."""
-    if math.isfinite(float(output.detach().sum())):  # the usual case, seen at once: nothing infinite sums to a finite number
+    if tame(output):
         return torch.ones(len(output), dtype=torch.bool, device=output.device)
     return torch.isfinite(output).flatten(1).all(1)
+
+
+def tame(output: Tensor) -> bool:
+    """Whether every row is valid for sure, the usual case, seen at once: nothing infinite sums to a finite number."""
+    return math.isfinite(float(output.detach().sum()))
+
+
+def _answered(claimed: Tensor, output: Tensor) -> Tensor:
+    """`claimed` (B,) bool where the answer is one."""
+    return claimed if tame(output) else claimed & valid(output)
 
 
 class Goal(Protocol):
@@ -39,7 +49,7 @@ class Untargeted:
 
     def reached(self, output: Tensor) -> Tensor:
         """True where the top class is not the label."""
-        return (output.argmax(1) != self.labels) & valid(output)
+        return _answered(output.argmax(1) != self.labels, output)
 
     def take(self, rows: Rows) -> Untargeted:
         """Rows of the labels."""
@@ -54,7 +64,7 @@ class Targeted:
 
     def reached(self, output: Tensor) -> Tensor:
         """True where the top class is the target."""
-        return (output.argmax(1) == self.labels) & valid(output)
+        return _answered(output.argmax(1) == self.labels, output)
 
     def take(self, rows: Rows) -> Targeted:
         """Rows of the targets."""
@@ -97,7 +107,7 @@ class LabelsChanged:
         wrong = (output > 0) != (self.labels > 0)
         if self.watched is not None:
             wrong = wrong & self.watched
-        return wrong.any(1) & valid(output)
+        return _answered(wrong.any(1), output)
 
     def take(self, rows: Rows) -> LabelsChanged:
         """Rows of the labels; the watched set is shared."""

@@ -52,17 +52,37 @@ class Best:
         self.size = torch.zeros_like(problem.radius)
         self.score = torch.full_like(problem.clean[:, 0], -torch.inf)
         self.open = ~self.reached & ~self.invalid
+        self._rows: Tensor | None = None
+        self._known = (self.reached, self.score, self.size)
+
+    def _of(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(reached, score, size) of the samples `rows` (B',); the same rows are asked for again and again, so their answers stay apart."""
+        if rows is not self._rows:
+            self._settle()
+            whole = (self.reached, self.score, self.size)
+            self._rows, self._known = rows, whole if len(rows) == len(self.reached) else (whole[0][rows], whole[1][rows], whole[2][rows])
+        return self._known
+
+    def _settle(self) -> None:
+        if self._rows is None:
+            return
+        whole = (self.reached, self.score, self.size)
+        if len(self._rows) == len(self.reached):  # nobody has left yet
+            self.reached, self.score, self.size = self._known
+        else:
+            self.reached, self.score, self.size = (
+                known.index_copy(0, self._rows, new) for known, new in zip(whole, self._known, strict=True)
+            )
 
     def update(self, rows: Tensor, problem: Problem, reading: Reading) -> Tensor:
         """Judges one reading of the samples `rows` (B',); returns (B',) bool: reached, now or earlier."""
-        whole = len(rows) == len(self.reached)  # nobody has left yet: nothing to gather
-        had, old, least = (known if whole else known[rows] for known in (self.reached, self.score, self.size))
+        had, old, least = self._of(rows)
         claimed, score = problem.goal.reached(reading.output), reading.score
         odd = not math.isfinite(float(reading.output.sum() + score.sum()))
         if odd:
             wild = ~valid(reading.output)
             claimed, score = claimed & ~wild, torch.nan_to_num(score, nan=-torch.inf).masked_fill(wild, -torch.inf)
-        hit, size, closer = claimed, least, score > old
+        closer, unmeasured = score > old, torch.full_like(least, torch.nan)
         if odd or bool(claimed.any()):
             # Only these need their size now, others are measured at the end: a point outside the budget is no success, and no
             # number there is no fault, whoever proposed it.
@@ -71,14 +91,13 @@ class Best:
             hit = claimed & legal
             if odd:
                 self.invalid[rows] |= wild & legal
-        better = (hit & (~had | (size < least if self.smallest else closer))) | (~(had | claimed) & closer)
+            better = (hit & (~had | (size < least if self.smallest else closer))) | (~(had | claimed) & closer)
+            reached, size = had | hit, torch.where(hit, size, unmeasured)
+        else:
+            better, reached, size = closer & ~had, had, unmeasured
         self._store(rows, reading, better.nonzero().squeeze(1))
-        fresh = (had | hit, torch.where(better, score.to(old), old), torch.where(better, torch.where(hit, size, torch.nan), least))
-        self.reached, self.score, self.size = (
-            new if whole else known.index_copy(0, rows, new)
-            for known, new in zip((self.reached, self.score, self.size), fresh, strict=True)
-        )
-        return fresh[0]
+        self._known = (reached, torch.where(better, score.to(old), old), torch.where(better, size, least))
+        return reached
 
     def _store(self, rows: Tensor, reading: Reading, better: Tensor) -> None:
         if len(better):
@@ -88,6 +107,7 @@ class Best:
 
     def outcome(self, problem: Problem, steps: int) -> Outcome:
         """The result; sizes that were put off are measured now, on the stored inputs themselves."""
+        self._settle()
         missing = torch.isnan(self.size).nonzero().squeeze(1)
         if len(missing):
             # A failure reports the size of the input that came closest.

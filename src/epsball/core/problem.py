@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -72,6 +73,20 @@ class Problem:
             key=self.key.take(rows),
             tally=self.tally.take(rows),
         )
+
+    def narrowed(self, rows: Tensor) -> Problem:
+        """`take`, for a batch that goes on in the place of this one: what the threat remembers of these inputs goes along."""
+        part = self.take(rows)
+        follow = getattr(self.threat, "follow", None)
+        if follow is not None:
+            follow((self.x, self.radius), rows, (part.x, part.radius))
+        return part
+
+    @cached_property
+    def clean_score(self) -> Tensor:
+        """(B,) of the clean inputs."""
+        with torch.no_grad():
+            return self.objective(self, self.x, self.x, self.clean)
 
     def judge(self, z: Z) -> Reading:
         """One forward row per sample, no gradient."""

@@ -57,4 +57,9 @@ def moved(tree: T, device: torch.device) -> T:
 
 def per_sample(values: Tensor, like: Tensor) -> Tensor:
     """Reshapes (B,) so that it broadcasts against `like` (B, ...), in the dtype of `like`."""
-    return values.to(like.dtype).reshape(-1, *([1] * (like.ndim - 1)))
+    return rowwise(values.to(like.dtype), like)
+
+
+def rowwise(values: Tensor, like: Tensor) -> Tensor:
+    """Reshapes (B,) so that it broadcasts against `like` (B, ...), in its own dtype."""
+    return values.reshape(-1, *([1] * (like.ndim - 1)))

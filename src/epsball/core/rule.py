@@ -27,15 +27,20 @@ class Rule(Protocol):
 
 def lengths(values: Tensor, p: float) -> Tensor:
     """(B,) p-norms of rows, p 1, 2 or inf, in their own precision: quick, and in float64 only where squares would under- or overflow."""
+    return _lengths(values, p)[0]
+
+
+def _lengths(values: Tensor, p: float) -> tuple[Tensor, bool]:
+    """`lengths`, and whether all are known to be above 0 and finite."""
     flat = values.flatten(1)
     if p != 2:
-        return flat.abs().amax(1) if p == torch.inf else flat.abs().sum(1)
+        return flat.abs().amax(1) if p == torch.inf else flat.abs().sum(1), False
     length: Tensor = torch.linalg.vector_norm(flat, 2, dim=1)
     tiny = torch.finfo(length.dtype).tiny ** 0.4
     if strictly_between(length, tiny, 1 / tiny):
-        return length
+        return length, True
     odd = (~((length > tiny) & (length < 1 / tiny))).nonzero().squeeze(1)
-    return length.index_copy(0, odd, torch.linalg.vector_norm(flat[odd].double(), 2, dim=1).to(length.dtype))
+    return length.index_copy(0, odd, torch.linalg.vector_norm(flat[odd].double(), 2, dim=1).to(length.dtype)), False
 
 
 def strictly_between(length: Tensor, low: float, high: float) -> bool:
@@ -48,9 +53,9 @@ def strictly_between(length: Tensor, low: float, high: float) -> bool:
 
 def unit(values: Tensor, p: float) -> tuple[Tensor, Tensor]:
     """Rows of p-norm 1, and the norms (B,) they had; rows of zeros stay zeros, non-finite entries count as zero."""
-    length = lengths(values, p)
+    length, tame = _lengths(values, p)
     rows = values / per_sample(length, values)
-    if strictly_between(length, 0.0, torch.inf):
+    if tame or strictly_between(length, 0.0, torch.inf):
         return rows, length
     odd = (~((length > 0) & (length < torch.inf))).nonzero().squeeze(1)
     part, whole = torch.nan_to_num(values[odd], nan=0.0, posinf=0.0, neginf=0.0), torch.ones_like(length[odd])

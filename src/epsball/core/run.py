@@ -7,7 +7,7 @@ from torch import Tensor
 
 from epsball.core.descent import Strategy
 from epsball.core.outcome import Best, Outcome
-from epsball.core.problem import Drop, Problem, Watch, ends, same_rows
+from epsball.core.problem import Drop, Problem, Watch, ends
 from epsball.core.rows import take
 
 
@@ -46,8 +46,8 @@ def run(
                 gone = torch.isin(drop[alive], drop[alive[gone]])
             gone = gone if reading.over is None else gone | reading.over
             if bool(gone.any()):
-                keep = ~gone
-                part, state, alive = same_rows(part, keep), take(state, keep.nonzero().squeeze(1)), alive[keep]
+                left = (~gone).nonzero().squeeze(1)
+                part, state, alive = part.narrowed(left), take(state, left), alive[left]
         if len(alive) and state is not None:
             best.update(alive, part, part.judge(state.z))
     return best.outcome(problem, steps)

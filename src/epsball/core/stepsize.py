@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from epsball.core.problem import Problem, Reading
-from epsball.core.rows import per_sample
+from epsball.core.rows import rowwise
 from epsball.core.threat import Z
 
 Control = Any
@@ -125,12 +125,13 @@ class Halving:
         """Remembers the best point; at checkpoints halves and rewinds."""
         z, gradient, score = reading.z, reading.gradient, torch.nan_to_num(reading.score, nan=-torch.inf)
         better = score > control.best_score
+        wide = rowwise(better, z)
         c = replace(
             control,
             best_score=torch.where(better, score, control.best_score),
-            best_z=torch.where(per_sample(better, z) > 0, z, control.best_z),
-            best_gradient=torch.where(per_sample(better, z) > 0, gradient, control.best_gradient),
-            rises=control.rises + (score > control.last_score) * (control.looks > 0),
+            best_z=torch.where(wide, z, control.best_z),
+            best_gradient=torch.where(wide, gradient, control.best_gradient),
+            rises=control.rises + (score > control.last_score) if control.looks else control.rises,
             last_score=score,
             looks=control.looks + 1,
             since_check=control.since_check + (control.looks > 0),
@@ -141,7 +142,7 @@ class Halving:
             return c.step, z, gradient, c
         halve = (c.rises <= self.rho * c.period) | (~c.halved_at_check & (c.best_at_check >= c.best_score))
         step = torch.where(halve, c.step / 2, c.step)
-        back = per_sample(halve, z) > 0
+        back = rowwise(halve, z)
         z, gradient = torch.where(back, c.best_z, z), torch.where(back, c.best_gradient, gradient)
         c = replace(
             c,

@@ -7,6 +7,7 @@ import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
+from functools import cached_property
 from types import TracebackType
 from typing import Any
 
@@ -58,17 +59,21 @@ class Tally:
         """The same ledger, seen by some of the samples."""
         return Tally(self.forwards, self.backwards, self.blind, self.rows[rows.cpu() if isinstance(rows, Tensor) else rows])
 
+    @cached_property
+    def _ones(self) -> Tensor:
+        return torch.ones_like(self.rows)
+
     def count_forward(self, rows: int = 1) -> None:
         """So many more rows forward for every sample of the batch."""
-        self.forwards.index_add_(0, self.rows, torch.full_like(self.rows, rows))
+        self.forwards.index_add_(0, self.rows, self._ones, alpha=rows)
 
     def count_backward(self, rows: int = 1) -> None:
         """So many more rows backward for every sample of the batch."""
-        self.backwards.index_add_(0, self.rows, torch.full_like(self.rows, rows))
+        self.backwards.index_add_(0, self.rows, self._ones, alpha=rows)
 
     def count_blind(self) -> None:
         """One more look through a lens without a gradient, for every sample of the batch."""
-        self.blind.index_add_(0, self.rows, torch.ones_like(self.rows))
+        self.blind.index_add_(0, self.rows, self._ones)
 
 
 Lens = Callable[[Tensor, Tally], Tensor]
@@ -87,8 +92,8 @@ class Victim:
         fixed_batch: batch size that an exported program insists on; short batches are padded.
         name: how reports call it.
 
-    `draws` is how many rows of the model one answer takes; `averaged` sets it. `source` may say how the model can be loaded
-    again, in plain values; who loads models sets it.
+    `draws` is how many rows of the model one answer takes; `averaged` sets it. `probes`: how many more one with a gradient takes.
+    `source` may say how the model can be loaded again, in plain values; who loads models sets it.
 
     Use it as a context: inside, every submodule is in eval mode, parameters are frozen and the global random generators
     are forked; all of it is put back on the way out, exceptions included.
@@ -112,6 +117,7 @@ class Victim:
         self.name = name
         self.lens: Lens | None = None
         self.draws = 1
+        self.probes = 0
         self.source: Mapping[str, Any] | None = None
         self._restore: list[Callable[[], None]] = []
         self._depth = 0
@@ -209,6 +215,8 @@ class Victim:
         """(B, C) answers that autograd can follow back to `x`, counted; call it inside `split`."""
         if self.access is not Access.GRADIENT:
             raise AccessDenied(f"model '{self.name}' gives {self.access.name.lower()} only: use an attack that needs no gradient")
+        if self.probes:
+            tally.count_forward(self.probes)
         with torch.enable_grad():
             return self._forward(x, tally)
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from epsball.core.attack import recipe
 from epsball.core.problem import Objective, Problem
 from epsball.core.random import Key
-from epsball.core.rows import per_sample
+from epsball.core.rows import rowwise
 from epsball.core.threat import Projects, Z
 from epsball.core.victim import Bound
 from epsball.errors import BadInput
@@ -139,7 +139,7 @@ class Composed:
         return self._each(done)
 
     def _legal(self, part: Projects, x: Tensor, piece: Tensor, budget: float, radius: Tensor) -> Tensor:
-        return per_sample(part.size(x, piece) / budget <= radius, piece) > 0
+        return rowwise(part.size(x, piece) / budget <= radius, piece)
 
     def steepest(self, x: Tensor, z: Tensor, gradient: Tensor) -> Tensor:
         """Each part's own direction, as long as its budget: of size 1 together."""

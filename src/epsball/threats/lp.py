@@ -9,12 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from typing import Self
 
 import torch
 from torch import Tensor
 
 from epsball.core.random import Key
-from epsball.core.rows import per_sample
+from epsball.core.rows import per_sample, rowwise
 from epsball.core.rule import normalized
 from epsball.core.victim import Bound
 from epsball.threats.rounding import Memo, inward
@@ -203,25 +204,43 @@ def _ranked(values: Tensor, count: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True, eq=False)
-class Linf:
-    """max |x_adv - x| <= radius."""
+class _Additive:
+    """A threat whose variable is the perturbed input itself, inside `room`."""
 
     room: Room = field(default_factory=Room)
-    name: str = field(default="linf", init=False, repr=False)
 
-    def within(self, box: tuple[Bound, Bound]) -> Linf:
+    def within(self, box: tuple[Bound, Bound]) -> Self:
         """Inside the victim's box."""
         return replace(self, room=self.room.within(box))
+
+    def follow(self, before: tuple[Tensor, ...], rows: Tensor, after: tuple[Tensor, ...]) -> None:
+        """What is remembered of the inputs and radii `before` holds for their `rows` in `after`."""
+        self.room.memo.follow(before, rows, after)
+
+    def apply(self, x: Tensor, z: Tensor) -> Tensor:
+        """z is the input itself."""
+        return z
+
+    def size(self, x: Tensor, z: Tensor) -> Tensor:
+        """(B,) float64: how large the change is."""
+        raise NotImplementedError
+
+    def reach(self, x: Tensor) -> Tensor:
+        """The size of the way to the farthest corner of the intervals."""
+        return self.size(x, self.room.farthest(x))
+
+
+@dataclass(frozen=True, eq=False)
+class Linf(_Additive):
+    """max |x_adv - x| <= radius."""
+
+    name: str = field(default="linf", init=False, repr=False)
 
     def start(self, x: Tensor, radius: Tensor, noise: Key | None, ids: Tensor) -> Tensor:
         """Uniform in the ball."""
         if noise is None:
             return x.clone()
         return self.project(x, x + per_sample(radius, x) * (2 * noise.uniform(ids, x) - 1), radius)
-
-    def apply(self, x: Tensor, z: Tensor) -> Tensor:
-        """z is the input itself."""
-        return z
 
     def size(self, x: Tensor, z: Tensor) -> Tensor:
         """Largest absolute change."""
@@ -236,21 +255,12 @@ class Linf:
         """sign(g)."""
         return torch.nan_to_num(gradient, nan=0.0).sign()
 
-    def reach(self, x: Tensor) -> Tensor:
-        """The widest interval."""
-        return self.size(x, self.room.farthest(x))
-
 
 @dataclass(frozen=True, eq=False)
-class L2:
+class L2(_Additive):
     """Root of the summed squared changes of one sample <= radius."""
 
-    room: Room = field(default_factory=Room)
     name: str = field(default="l2", init=False, repr=False)
-
-    def within(self, box: tuple[Bound, Bound]) -> L2:
-        """Inside the victim's box."""
-        return replace(self, room=self.room.within(box))
 
     def start(self, x: Tensor, radius: Tensor, noise: Key | None, ids: Tensor) -> Tensor:
         """A random direction, uniform in the ball before the box cuts it."""
@@ -258,10 +268,6 @@ class L2:
             return x.clone()
         share = noise.fold("length").uniform(ids, x.flatten(1)[:, :1]).squeeze(1).double() ** (1.0 / x[0].numel())
         return self.project(x, x + per_sample(radius * share, x) * normalized(noise.normal(ids, x), 2), radius)
-
-    def apply(self, x: Tensor, z: Tensor) -> Tensor:
-        """z is the input itself."""
-        return z
 
     def size(self, x: Tensor, z: Tensor) -> Tensor:
         """Euclidean length of the change."""
@@ -275,34 +281,21 @@ class L2:
         """g / ||g||_2 over the features that can still move."""
         return normalized(self.room.free(x, z, gradient), 2)
 
-    def reach(self, x: Tensor) -> Tensor:
-        """Distance to the farthest corner of the box."""
-        return self.size(x, self.room.farthest(x))
-
 
 @dataclass(frozen=True, eq=False)
-class L1:
+class L1(_Additive):
     """Sum of absolute changes of one sample <= radius.
 
     `share` of the features (at least one) carry the steepest direction; 0 is the exact dual vector, one feature. Sparse
     L1 descent (Tramer & Boneh 2019, arXiv 1904.13000) spreads it, because one feature is soon at its bound.
     """
 
-    room: Room = field(default_factory=Room)
     share: float = 0.0
     name: str = field(default="l1", init=False, repr=False)
-
-    def within(self, box: tuple[Bound, Bound]) -> L1:
-        """Inside the victim's box."""
-        return replace(self, room=self.room.within(box))
 
     def start(self, x: Tensor, radius: Tensor, noise: Key | None, ids: Tensor) -> Tensor:
         """Gaussian noise projected onto the ball: sparse, like the changes that work (as in the released APGD)."""
         return x.clone() if noise is None else self.project(x, x + noise.normal(ids, x), radius)
-
-    def apply(self, x: Tensor, z: Tensor) -> Tensor:
-        """z is the input itself."""
-        return z
 
     def size(self, x: Tensor, z: Tensor) -> Tensor:
         """Sum of absolute changes."""
@@ -320,26 +313,17 @@ class L1:
         direction = torch.zeros_like(free).scatter(1, places, free.gather(1, places).sign())
         return (direction / (values > 0).sum(1, keepdim=True).clamp(min=1)).reshape(gradient.shape)
 
-    def reach(self, x: Tensor) -> Tensor:
-        """Distance to the farthest corner of the box."""
-        return self.size(x, self.room.farthest(x))
-
 
 @dataclass(frozen=True, eq=False)
-class L0:
+class L0(_Additive):
     """Number of changed pixels (all channels of a (C, H, W) sample count as one) or, with `features`, of changed entries."""
 
-    room: Room = field(default_factory=Room)
     features: bool = False
 
     @property
     def name(self) -> str:
         """`l0` counts pixels, `l0f` features."""
         return "l0f" if self.features else "l0"
-
-    def within(self, box: tuple[Bound, Bound]) -> L0:
-        """Inside the victim's box."""
-        return replace(self, room=self.room.within(box))
 
     def _pixels(self, values: Tensor) -> Tensor:
         """(B, C, ...) -> (B, channels, pixels); every feature is a pixel unless there are channels to join."""
@@ -366,10 +350,6 @@ class L0:
             kept = kept.index_copy(0, tied, rank < count[tied])
         return torch.where(kept[:, None, :].expand_as(self._pixels(x)).reshape(x.shape), values, x)
 
-    def apply(self, x: Tensor, z: Tensor) -> Tensor:
-        """z is the input itself."""
-        return z
-
     def size(self, x: Tensor, z: Tensor) -> Tensor:
         """How many pixels differ."""
         return self._pixels(z != x).any(1).sum(1).double()
@@ -383,7 +363,7 @@ class L0:
         # (z - x)^2 - (z - boxed)^2, factored: the difference of squares cancels to nothing far outside the box.
         gain = (boxed.double() - x.double()) * ((z.double() - x.double()) + (z.double() - boxed.double()))
         kept = self._keep(x, boxed, self._pixels(gain).sum(1), radius)
-        return torch.where(per_sample(legal, x) > 0, boxed, kept)
+        return torch.where(rowwise(legal, x), boxed, kept)
 
     def most(self, x: Tensor, z: Tensor, slope: Tensor, radius: Tensor) -> Tensor:
         """z on the floor(radius) pixels where it gains most along `slope` (B, ...), x elsewhere."""
@@ -392,7 +372,3 @@ class L0:
     def steepest(self, x: Tensor, z: Tensor, gradient: Tensor) -> Tensor:
         """g scaled to a mean absolute value of 1, as in PGD_0 (Croce & Hein 2019, arXiv 1909.05040): L0 has no dual vector."""
         return normalized(gradient, 1) * gradient[0].numel()
-
-    def reach(self, x: Tensor) -> Tensor:
-        """All pixels that may change at all."""
-        return self.size(x, self.room.farthest(x))

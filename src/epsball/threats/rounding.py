@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from epsball.core.rows import per_sample
+from epsball.core.rows import per_sample, take
 
 T = TypeVar("T")
 
@@ -36,14 +36,24 @@ class Memo:
     """
 
     def __init__(self) -> None:
-        self._entries: dict[str, tuple[tuple[object, ...], tuple[weakref.ref[Tensor], ...], Any]] = {}
+        self._entries: dict[str, tuple[tuple[tuple[int, int], ...], tuple[weakref.ref[Tensor], ...], Any]] = {}
 
     def get(self, tag: str, tensors: tuple[Tensor, ...], make: Callable[[], T]) -> T:
         """The result stored under `tag` for these very tensors, unchanged since; else what `make` gives, stored."""
         entry, stamp = self._entries.get(tag), tuple([(id(t), t._version) for t in tensors])
         if entry is not None and entry[0] == stamp and all(ref() is t for ref, t in zip(entry[1], tensors, strict=True)):
             return entry[2]  # type: ignore[no-any-return]
-        result = make()
+        return self._keep(tag, tensors, make())
+
+    def follow(self, before: tuple[Tensor, ...], rows: Tensor, after: tuple[Tensor, ...]) -> None:
+        """What is remembered for tensors of `before` alone, for their rows in `after`: nothing is worked out again for fewer rows."""
+        stands = {id(t): (t._version, new) for t, new in zip(before, after, strict=True)}
+        for tag, (stamp, _, result) in list(self._entries.items()):
+            if all(key in stands and stands[key][0] == version for key, version in stamp):
+                self._keep(tag, tuple([stands[key][1] for key, _ in stamp]), take(result, rows))
+
+    def _keep(self, tag: str, tensors: tuple[Tensor, ...], result: T) -> T:
         # A result must not hold what it is keyed by: it would keep itself alive.
+        stamp = tuple([(id(t), t._version) for t in tensors])
         self._entries[tag] = (stamp, tuple([weakref.ref(t, lambda _: self._entries.pop(tag, None)) for t in tensors]), result)
         return result
