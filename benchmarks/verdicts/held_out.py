@@ -197,16 +197,32 @@ def voters() -> nn.Module:
 
 
 def masked(
-    name: str, model: Any, *through: Any, cause: str = "dead", radius: float = 0.2, note: str, first: Literal["right", "wrong"] = "right"
+    name: str,
+    model: Any,
+    *through: Any,
+    cause: str = "dead",
+    radius: float = 0.2,
+    note: str,
+    first: Literal["right", "wrong"] = "right",
+    paper: str = "held out",
 ) -> Case:
-    """A defense of ours that hides gradients."""
-    return Case(name, "held out", "masked", model, PGD, thorough(*through), cause=cause, radius=radius, note=note, held=first)
+    """A defense that hides gradients, ours where there is no paper."""
+    return Case(name, paper, "masked", model, PGD, thorough(*through), cause=cause, radius=radius, note=note, held=first)
 
 
-def chance(name: str, model: Any, adaptive: Any, *, radius: float = 0.1, note: str, first: Literal["right", "wrong"] = "right") -> Case:
-    """A random defense of ours."""
+def chance(
+    name: str,
+    model: Any,
+    adaptive: Any,
+    *,
+    radius: float = 0.1,
+    note: str,
+    first: Literal["right", "wrong"] = "right",
+    paper: str = "held out",
+) -> Case:
+    """A random defense, ours where there is no paper."""
     common: dict[str, Any] = {"judge": by_votes, "random": True, "radius": radius, "note": note, "held": first}
-    return Case(name, "held out", "masked", model, PGD, adaptive, cause="random", **common)
+    return Case(name, paper, "masked", model, PGD, adaptive, cause="random", **common)
 
 
 CASES = (

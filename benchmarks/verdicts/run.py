@@ -17,7 +17,22 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from verdicts import bases, color, controls, detect, held_out, quantize, randomized, stages, table, train, unseen, unseen_again
+from verdicts import (
+    bases,
+    color,
+    controls,
+    detect,
+    held_out,
+    quantize,
+    randomized,
+    stages,
+    table,
+    train,
+    unseen,
+    unseen_again,
+    unseen_inputs,
+    unseen_scores,
+)
 from verdicts.case import Case
 
 RESULTS = Path(__file__).resolve().parents[1] / "results" / "verdicts.md"
@@ -31,6 +46,8 @@ CASES = (
     *held_out.CASES,
     *unseen.CASES,
     *unseen_again.CASES,
+    *unseen_inputs.CASES,
+    *unseen_scores.CASES,
 )
 
 

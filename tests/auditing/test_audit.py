@@ -441,6 +441,21 @@ def test_who_came_near_is_searched_from_more_starts(norm: str) -> None:
     assert suited.abreast.tolist() == [walks.attack.count, walks.attack.count, runs]
     assert (suited.attack, suited.count) == (walks.attack.attack, walks.attack.count)
     assert (walks.fill > 0) is (norm == "linf")  # there they take the most rows of all, so that the round's budget bounds them
+    assert walks.once is (norm == "linf")
+
+
+def test_without_rows_left_those_that_came_very_near_get_one_walk() -> None:
+    stages = plan(named("linf"), "default", classes=10, single_label=True, gradients=True)
+    (walks,) = (stage for stage in stages if stage.fill)
+    assert walks.nearer is not None
+    near = torch.tensor([walks.nearer[0], walks.near], dtype=torch.float64)
+    for left, runs in ((0, [1, 0]), (-500, [1, 0]), (2 * walks.fill, [1, 1]), (4 * walks.fill, [2, 1])):
+        suited = walks.suited(near, left)
+        assert isinstance(suited, Restarts)
+        assert isinstance(suited.abreast, torch.Tensor)
+        assert suited.abreast.tolist() == runs
+    assert walks.suited(near[1:], 0) is None
+    assert replace(walks, once=False).suited(near, 0) is None
 
 
 def test_under_linf_restarts_climb_two_losses_and_every_class_has_to_pay() -> None:
@@ -632,12 +647,15 @@ def test_no_search_looks_more_often_than_its_stage_says(norm: str, effort: str) 
         assert attack.name == "noise" or runs * looks <= stage.rows, attack
 
 
-@pytest.mark.parametrize(("broken", "asked"), [(0, False), (1, False), (2, True)])
-def test_a_stage_that_has_to_pay_runs_where_the_one_before_broke_enough(broken: int, asked: bool) -> None:
+@pytest.mark.parametrize(("broken", "unfunded", "asked"), [(0, False, False), (1, False, False), (2, False, True), (2, True, False)])
+def test_a_stage_that_has_to_pay_runs_where_the_one_before_broke_enough(broken: int, unfunded: bool, asked: bool) -> None:
     data, specs = digits(40), (parse_threat("linf:0.05"),)
     sheet, referee = prepare(Subject(wrap(load("digits-robust")), data.x, data.y, data.indices, "digits", {}), Plan(specs, "fast"))
     current = sheet.rounds[0]
     current.attacks.append(AttackRow(name="before", recipe="", tried=20, broken=broken, forwards=0, backwards=0, seconds=0.0))
+    if unfunded:
+        many = Stage(Restarts(eb.attacks.pgd(steps=1), 2, abreast=True), 2, fill=10**6)
+        attack_round(sheet, referee, current, many, 0, True, lambda *_: None)
     attack_round(sheet, referee, current, Stage(eb.attacks.pgd(steps=1), 1, pays=0.1), 0, True, lambda *_: None)
     assert (len(current.attacks) == 2) is asked
 

@@ -59,8 +59,9 @@ def stages_of(sheet: Sheet, current: Round, effort: str) -> tuple[Stage, ...]:
         stages += [replace(s, victim=sight.victim, beyond=bool(stages)) for s in (*known, *more)]
     if sight.rough:
         stages += [replace(s, victim=sight.victim, beyond=True) for s in smooth(threat, effort)]
-    doubted = sight.hidden or sight.rough or sight.blind or not sight.own
-    return (*stages, *beside(threat, model.access, effort, sheet.queries)) if doubted else tuple(stages)
+    if sight.straight is not None:
+        stages += [replace(s, victim=sight.straight, beyond=True) for s in known]
+    return (*stages, *beside(threat, model.access, effort, sheet.queries)) if sight.doubted else tuple(stages)
 
 
 def planned_rows(sheet: Sheet, effort: str, threat: str) -> int:
@@ -144,7 +145,9 @@ def attack_round(
     start = torch.stack([hits.closest.pop(row)[1] for row in rows.tolist()]) if stage.from_closest else None
     attack = stage.suited(hits.near[rows], left, start)
     if attack is None:
+        current.unfunded = True
         return rows[:0]
+    current.unfunded = False
     started = time.perf_counter()
     x, goal, drop = subject.x[rows], subject.goal.take(rows), drop and not stage.keep
     outcome = attack(stage.victim or subject.victim, x, goal, current.radius, seed, clean=sheet.clean[rows], drop=drop, watch=watch)
@@ -178,7 +181,7 @@ def attack_round(
 def worth(current: Round, stage: Stage) -> bool:
     """The attack before broke enough of those it tried."""
     before = current.attacks[-1]
-    return before.broken >= stage.pays * before.tried
+    return not current.unfunded and before.broken >= stage.pays * before.tried
 
 
 def note_near(sheet: Sheet, current: Round, rows: Tensor, outcome: Outcome, last: bool) -> Outcome:

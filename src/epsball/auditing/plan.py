@@ -61,12 +61,13 @@ class Stage:
     """An attack of the cascade and the most rows that it spends on one sample, for the estimate of time; with gradients if it takes any.
 
     `victim` is what it looks at where that is not the model itself; `keep` goes on with samples that seem broken, for a random model's
-    answer may have been luck; `beyond` marks what does not follow the model's own gradients although it has some;
-    `near` leaves out samples whose best margin so far is more than this share of the clean one; `nearer`, for `Restarts`, a smaller share
-    and a number, gives those beyond that share only so many of the runs; `fill`, for `Restarts` and `EveryTarget`, the rows with a gradient
-    that a run takes of a sample in the mean, gives as many runs as the round has rows for (`row_budget`); `pays` leaves out the whole stage
-    where the attack before broke less than this share of those it tried; `from_closest`, for `vertices` and `swaps`, begins where searches
-    since the last such stage came closest, and leaves out samples that none came close to (`CLOSE`).
+    answer may have been luck; `beyond` marks what does not follow the model's own gradients although it has some; `near` leaves out
+    samples whose best margin so far is more than this share of the clean one; `nearer`, for `Restarts`, a smaller share and a number,
+    gives those beyond that share only so many of the runs; `fill`, for `Restarts` and `EveryTarget`, the rows with a gradient that a run
+    takes of a sample in the mean, gives as many runs as the round has rows for (`row_budget`), and with `once` one at least to those
+    within `nearer`; `pays` leaves out the whole stage where the attack before broke less than this share of those it tried, or had no rows
+    for any; `from_closest`, for `vertices` and `swaps`, begins where searches since the last such stage came closest, and leaves out
+    samples that none came close to (`CLOSE`).
     """
 
     attack: AttackLike
@@ -77,6 +78,7 @@ class Stage:
     near: float = 1.0
     nearer: tuple[float, int] | None = None
     fill: int = 0
+    once: bool = False
     pays: float = 0.0
     from_closest: bool = False
 
@@ -100,10 +102,10 @@ class Stage:
             return self.attack
         assert isinstance(self.attack, Restarts | EveryTarget)
         runs = torch.full_like(near, self.attack.count, dtype=torch.int64)
-        if self.nearer is not None:
-            runs = torch.where(near <= self.nearer[0], runs, self.nearer[1])
+        runs = runs if self.nearer is None else torch.where(near <= self.nearer[0], runs, self.nearer[1])
         if self.fill:
-            runs = runs.clamp(max=max(left // (self.fill * len(near)), 0))
+            least = (near <= self.nearer[0]).long() if self.once and self.nearer else torch.zeros_like(runs)
+            runs = torch.minimum(runs, least.clamp(min=left // (self.fill * len(near))))
         return replace(self.attack, abreast=runs) if bool(runs.any()) else None
 
 
@@ -282,11 +284,10 @@ def _default(threat: Projects, classes: int) -> Iterator[Stage]:
     yield _aimed(threat, 20, 3, 3, classes)
     if isinstance(threat, Linf):
         for loss in (margin, cross_entropy):
-            again = restarted(apgd(20, threat=threat, objective=loss), 2, abreast=True)
-            yield Stage(again, 40, near=0.3, nearer=(NEAR, 1))
+            yield Stage(restarted(apgd(20, threat=threat, objective=loss), 2, abreast=True), 40, near=0.3, nearer=(NEAR, 1))
         yield replace(_aimed(threat, 40, 3, 1, classes), near=NEARER)
         # Runs are counted as if all samples had as many; most have one, hence half of what a walk takes.
-        yield replace(_walks(threat, 60, 5, far=3, rounds=2), near=NEARER, nearer=(VERY_NEAR, 1), fill=33)
+        yield replace(_walks(threat, 60, 5, far=3, rounds=2), near=NEARER, nearer=(VERY_NEAR, 1), fill=33, once=True)
         yield replace(_aimed(threat, 20, 3, 9, classes), near=NEAR, pays=0.1)
     else:
         yield from _while_it_pays(_walks(threat, 30, 1, far=3, rounds=2), 2, 1)

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from epsball.auditing.preflight import Bench, alive, cosine, foretold, posed, slopes
 from epsball.auditing.results import Finding
-from epsball.core import Key, Tally, Victim, content_ids
+from epsball.core import Key, Tally, Untargeted, Victim, content_ids
+from epsball.core.inside import Inside, Probed, Straight, changed_input, score_layers
 from epsball.objectives import margin
 
 DRAWS = {"fast": 5, "default": 10, "max": 20}
@@ -29,6 +30,8 @@ JUDGES = 100
 majority may turn: with 40 draws 8 of 83 did so on a network that drops activations."""
 CUSTOM = "custom backward"
 """The hidden step where derivatives that custom autograd functions bring along are false."""
+STRAIGHT = "before a layer"
+"""The hidden step where nothing but `Straight` has a gradient."""
 TRUE, ASIDE, DIRECTIONS = 0.2, 0.02, 8
 """Median correlation of changes measured and foretold below which gradients are false; how far aside, as a share of the box; how often."""
 FAR, REACH = 0.75, 0.05
@@ -36,6 +39,9 @@ FAR, REACH = 0.75, 0.05
 (`benchmarks/gradients.py`)."""
 BLANK = 0.75
 """Share of features without a gradient above which the same holds."""
+LAYERS, SAME_CLASS, TURNED = 3, 0.9, 0.05
+"""Layers with scores that are looked at, last first; least share of samples for which their best class is the model's; share of
+samples whose gradient points the other way there above which searches go by these scores as well."""
 WIDE, CALM = 50.0, 5.0
 """Median gap between the two best scores from which on scores are divided, and the gap that is left."""
 
@@ -49,7 +55,7 @@ class Sight:
         bare: of a random model, `victim` without its averaging.
         judges: draws of a ruling; more than 1 for a random model. hidden: steps of the model that have no useful derivative.
         rough: gradients jump, so smoothed ones are tried as well. dead: no gradient is to be had anywhere. blind: for some samples
-            none is, whichever way the model is looked at.
+            none is, whichever way the model is looked at. straight: a twin that goes past what changes the input, where there is doubt.
     """
 
     victim: Victim
@@ -60,6 +66,12 @@ class Sight:
     rough: bool = False
     dead: bool = False
     blind: bool = False
+    straight: Victim | None = None
+
+    @property
+    def doubted(self) -> bool:
+        """The model's own gradients are not all that should be followed."""
+        return self.hidden != () or self.rough or self.blind or not self.own
 
     @property
     def random(self) -> bool:
@@ -109,11 +121,38 @@ def react(bench: Bench, findings: list[Finding], effort: str, seed: int) -> tupl
     steady = not faults & {"random", "batch", "state", "no-gradient"}
     if steady and "gradient" not in faults:
         sight, findings = _truthful(bench, sight, findings, seed)
+    if steady and sight.victim is bench.victim:
+        sight, findings = _turned(bench, sight, findings)
     message = _rough(replace(bench, victim=sight.victim), seed, steady and not sight.rough)
     if message:
         message += " Their mean over neighborhoods was followed as well, and searches without gradients ran."
-        return replace(sight, rough=True), [*findings, Finding(id="rough", status="note", message=message)]
+        sight, findings = replace(sight, rough=True), [*findings, Finding(id="rough", status="note", message=message)]
+    if sight.doubted and sight.hidden != (STRAIGHT,) and not faults & {"batch", "state"}:
+        sight = replace(sight, straight=_straight(bench))
     return sight, findings
+
+
+def _straight(bench: Bench) -> Victim | None:
+    """A twin that goes past what changes the input before a layer sees it.
+
+    Cost: at most 3 forward rows and 1 backward row for each of at most 32 samples.
+    """
+    rows, victim, model = _fine(bench), bench.victim, bench.victim.model
+    if not (len(rows) and isinstance(model, nn.Module)) or victim.lens or victim.fixed_batch:
+        return None
+    x = bench.x[rows]
+    try:
+        with victim, torch.no_grad():
+            layer = changed_input(model, x)
+        if layer is None:
+            return None
+        image = x.ndim == 4 and not any(isinstance(end, Tensor) for end in victim.box) and victim.box == (0.0, 1.0)
+        within = (Probed if image else Straight)(model, layer)
+        twin = victim.twin(within)
+        twin.probes = within.probes
+        return twin if bool(slopes(twin, x, bench.goal.take(rows), margin).any()) else None
+    except Exception:  # what raises here is the business of other checks
+        return None
 
 
 def _rough(bench: Bench, seed: int, steady: bool) -> str:
@@ -139,13 +178,42 @@ def _truthful(bench: Bench, sight: Sight, findings: list[Finding], seed: int) ->
     message = f"The gradient does not tell how the margin changes: its correlation with measured changes is {told:.2f} in the middle."
     twin = bench.victim.relaxed(distrust=True)
     around = truth(replace(bench, victim=twin), seed)
-    if around >= TRUE:
-        sight = Sight(twin, own=False, hidden=(CUSTOM, *_hidden(bench, twin)))
+    if around > max(told, 0.0):
+        sight = replace(sight, victim=twin, own=around < TRUE, hidden=(CUSTOM, *_hidden(bench, twin)))
         message += f" Behind the operations inside custom backward passes it is {around:.2f}: searches followed that gradient."
-    else:
+    if around < TRUE:
         sight, message = replace(sight, rough=True), message + " Means over neighborhoods were followed as well."
     message += " Searches without gradients ran."
     return sight, [*findings, Finding(id="false-gradient", status="warn", message=message)]
+
+
+def _turned(bench: Bench, sight: Sight, findings: list[Finding]) -> tuple[Sight, list[Finding]]:
+    """Where what follows the scores of a layer turns their gradients around: a twin that goes by those scores.
+
+    Cost: 1 forward row for each of at most 32 samples; with such layers 2 more and 1 backward row, and 3 and 1 for each of up to 3.
+    """
+    rows, victim, model = _fine(bench), bench.victim, bench.victim.model
+    if not (len(rows) and isinstance(bench.goal, Untargeted) and isinstance(model, nn.Module)) or victim.lens or victim.fixed_batch:
+        return sight, findings
+    x, goal, best = bench.x[rows], bench.goal.take(rows), bench.output[rows].argmax(1)
+    try:
+        with victim, torch.no_grad():
+            layers = [name for name, scores in score_layers(model, x).items() if _share(scores.argmax(1) == best) >= SAME_CLASS]
+        for layer in reversed(layers[-LAYERS:]):
+            twin = victim.twin(Inside(model, layer))
+            turned = _share(cosine(*(slopes(v, x, goal, margin).flatten(1).double() for v in (victim, twin))) < 0)
+            if turned > TURNED:
+                message = f"What follows the scores of layer '{layer}' turns the gradient around for {turned:.0%} of the samples."
+                message += " Those scores were followed as well."
+                found = Finding(id="hidden-steps", status="note", message=message)
+                return replace(sight, victim=twin, hidden=(f"after {layer}",)), [*findings, found]
+    except Exception:  # what raises here is the business of other checks
+        return sight, findings
+    return sight, findings
+
+
+def _share(those: Tensor) -> float:
+    return float(those.double().mean())
 
 
 def truth(bench: Bench, seed: int, aside: float = ASIDE) -> float:
@@ -237,6 +305,9 @@ def _backward(bench: Bench, findings: list[Finding], faults: set[str], seed: int
     if partly:  # alive for some samples: better than nothing, and a reason to doubt where they are too few
         way, message, status = partly[-1]
         return Sight(way, own, hidden=hidden, blind=True), [_met(f, message, status) if f.id in dead else f for f in findings]
+    if not own and (straight := _straight(bench)) is not None:
+        message = " Only what follows a layer that sees the input changed was followed, and the change by differences where it is an image."
+        return Sight(straight, own, hidden=(STRAIGHT,), blind=True), [_met(f, message) if f.id in dead else f for f in findings]
     unmet = [_met(f, " Only searches without gradients ran.", "block") if f.id == "no-gradient" else f for f in findings]
     return Sight(best, own, hidden=hidden, dead=not own, blind=own), unmet
 

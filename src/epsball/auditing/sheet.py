@@ -95,7 +95,7 @@ class Round:
 
     `planned` and `ran` count attacks; `asked` is the most rows per sample that those that ran could cost, and `late` the samples that
     broke after more than half of the queries of a model without gradients. `beyond` counts those that broke only by searches
-    that do not follow the model's own gradients.
+    that do not follow the model's own gradients. `unfunded`: there were no rows left for the last attack.
     """
 
     threat: str
@@ -106,6 +106,7 @@ class Round:
     asked: int = 0
     late: int = 0
     beyond: int = 0
+    unfunded: bool = False
     attacks: list[AttackRow] = field(default_factory=list)
     flags: list[Flag] = field(default_factory=list)
     seconds: float = 0.0

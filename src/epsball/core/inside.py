@@ -1,0 +1,208 @@
+"""Ways into a model: the scores of a layer before whatever follows them, and the input of a layer as if nothing had come before."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.hooks import RemovableHandle
+
+from epsball.core.substitute import Swap
+
+ALIKE = 0.5
+"""Least correlation of an input with what a layer sees of it, in the middle of the samples, for that to be the input, changed."""
+_APART, _PROBE = 3, 0.05
+"""Pixels between those that are changed at once, and by how much."""
+
+
+class Inside(nn.Module):
+    """`model` answering with the scores of its submodule `layer`; its best class is the model's own.
+
+    Where the best class of the layer is another, the two classes change scores. Every decision is therefore the model's, and
+    autograd sees only the way to the layer. Where one look asks the layer several times, the last answer counts.
+
+    Args:
+        model: maps (B, ...) to (B, C) scores. layer: dotted name of a submodule that answers with (B, C) scores.
+    """
+
+    def __init__(self, model: nn.Module, layer: str) -> None:
+        super().__init__()
+        self.model = model
+        self.layer = layer
+        self.training = model.training
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C)."""
+        seen: list[Tensor] = []
+        handle = self.model.get_submodule(self.layer).register_forward_hook(lambda _module, _inputs, output: seen.append(output))
+        try:
+            own = self.model(x)
+        finally:
+            handle.remove()
+        inner, rows = seen[-1], torch.arange(len(own), device=own.device)
+        places = torch.arange(own.shape[1], device=own.device).repeat(len(own), 1)
+        best, first = own.argmax(1), inner.argmax(1)
+        places[rows, best], places[rows, first] = first, best
+        return inner.gather(1, places)
+
+
+def score_layers(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
+    """Submodules that answer one look at x (B, ...) with finite scores (B, C), C as of the model; in the order of their answers.
+
+    Those are left out that answer with the same numbers as the model, or as one after them.
+    """
+    found: dict[str, Any] = {}
+    handles = [
+        module.register_forward_hook(lambda _module, _inputs, output, name=name: found.__setitem__(name, output))
+        for name, module in model.named_modules()
+        if name and not isinstance(module, torch.jit.ScriptModule)
+    ]
+    try:
+        own = model(x)
+    finally:
+        for handle in handles:
+            handle.remove()
+    kept: dict[str, Tensor] = {}
+    for name, output in reversed(found.items()):  # a module answers after its parts
+        fits = isinstance(output, Tensor) and output.shape == own.shape and output.is_floating_point() and bool(output.isfinite().all())
+        if fits and not any(torch.equal(output, other) for other in (own, *kept.values())):
+            kept[name] = output
+    return dict(reversed(kept.items()))
+
+
+class Straight(nn.Module):
+    """`model` whose submodule `layer` sees what it always sees, while its gradient goes to the model's input as it is.
+
+    The oldest form of BPDA (Athalye, Carlini & Wagner 2018, arXiv 1802.00420, section 4.1): what cleans an input changes little of it,
+    so its derivative is taken to be the identity. Every value is the model's own.
+
+    Args:
+        model: maps (B, ...) to scores. layer: dotted name of a submodule whose first input has the shape of the model's.
+    """
+
+    probes = 0
+
+    def __init__(self, model: nn.Module, layer: str) -> None:
+        super().__init__()
+        self.model = model
+        self.layer = layer
+        self.training = model.training
+
+    def forward(self, x: Tensor) -> Any:
+        """The model's own answer."""
+        if not (torch.is_grad_enabled() and x.requires_grad):
+            return self.model(x)
+        handle = self._before(lambda _module, inputs: (self.led(inputs[0], x), *inputs[1:]))
+        try:
+            return self.model(x)
+        finally:
+            handle.remove()
+
+    def led(self, real: Tensor, x: Tensor) -> Tensor:
+        """The value of `real` with a gradient that goes to x."""
+        return Swap.apply(real, x)  # type: ignore[no-untyped-call, no-any-return]
+
+    def _before(self, hook: Callable[[nn.Module, Any], Any]) -> RemovableHandle:
+        # Before other hooks: those that fill small batches come later.
+        return self.model.get_submodule(self.layer).register_forward_pre_hook(hook, prepend=True)
+
+
+class Probed(Straight):
+    """`Straight` for images (B, C, H, W), with the derivative of what comes before the layer in the place of the identity: by differences.
+
+    Every third pixel of every third row is changed at once in all its channels, up and down by a twentieth of [0, 1], in nine turns; what
+    changes in the layer's input around a pixel, one pixel far, is that pixel's doing (the coloring of Curtis, Powell & Reid 1974, for
+    filters of 3 x 3), and each of its channels gets all of it. For what runs outside of autograd: filters, thresholds and codecs in
+    NumPy or C. The model is asked no further than to the layer.
+
+    Cost: `probes` more rows forward, part of the way, for a look with a gradient.
+    """
+
+    probes = 18
+
+    def led(self, real: Tensor, x: Tensor) -> Tensor:
+        """The value of `real` with a gradient that goes to x."""
+        return _Differences.apply(real, x, self.seen)  # type: ignore[no-untyped-call, no-any-return]
+
+    def seen(self, x: Tensor) -> Tensor:
+        """What the layer sees of x."""
+        found: list[Tensor] = []
+
+        def stop(_module: nn.Module, inputs: Any) -> None:
+            found.append(inputs[0].detach().clone())
+            raise _Enough
+
+        handle = self._before(stop)
+        try:
+            with torch.no_grad():
+                self.model(x)
+        except _Enough:
+            pass
+        finally:
+            handle.remove()
+        return found[0]
+
+
+class _Enough(Exception):
+    """The layer has been reached."""
+
+
+class _Differences(torch.autograd.Function):
+    """The value of the first argument; its slope, times the derivative of `seen` by differences, for the second."""
+
+    @staticmethod
+    def forward(ctx: Any, real: Tensor, x: Tensor, seen: Callable[[Tensor], Tensor]) -> Tensor:
+        """The layer's own input, bit by bit."""
+        ctx.save_for_backward(x)
+        ctx.seen = seen
+        return real.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *slopes: Tensor) -> tuple[None, Tensor, None]:
+        """The sum over 3 x 3 neighbors of slope times change, by the width of the change."""
+        (x,), (slope,) = ctx.saved_tensors, slopes
+        total, rows, columns = torch.zeros_like(x), torch.arange(x.shape[2], device=x.device), torch.arange(x.shape[3], device=x.device)
+        for turn in range(_APART**2):
+            mask = ((rows % _APART == turn // _APART)[:, None] & (columns % _APART == turn % _APART)).to(x)
+            up, down = (x + _PROBE * mask).clamp(max=1), (x - _PROBE * mask).clamp(min=0)
+            change = slope * (ctx.seen(up) - ctx.seen(down))
+            near = F.avg_pool2d(change.sum(1, keepdim=True), _APART, 1, _APART // 2, divisor_override=1)
+            total += mask * near / (up - down).amax(1, keepdim=True).clamp(min=1e-6)
+        return None, total, None
+
+
+def changed_input(model: nn.Module, x: Tensor) -> str | None:
+    """The last submodule in one look at x (B, ...) that sees x changed: its shape, other numbers, alike (`ALIKE`); None: none does."""
+    found: dict[str, Any] = {}
+
+    def seen(name: str) -> Any:
+        def look(_module: nn.Module, inputs: Any) -> None:
+            found.setdefault(name, inputs[0] if inputs else None)
+
+        return look
+
+    handles = [
+        m.register_forward_pre_hook(seen(name), prepend=True)
+        for name, m in model.named_modules()
+        if name and not isinstance(m, torch.jit.ScriptModule)
+    ]
+    try:
+        model(x)
+    finally:
+        for handle in handles:
+            handle.remove()
+    last: tuple[str, Tensor] | None = None
+    for name, z in found.items():
+        if not isinstance(z, Tensor) or z.shape != x.shape or not z.is_floating_point() or torch.equal(z, x):
+            continue
+        if (last is None or not torch.equal(z, last[1])) and _correlation(z, x) > ALIKE:
+            last = name, z
+    return last and last[0]
+
+
+def _correlation(z: Tensor, x: Tensor) -> float:
+    a, b = ((t - t.mean(1, keepdim=True)) for t in (z.flatten(1).double(), x.flatten(1).double()))
+    return float(nn.functional.cosine_similarity(a, b).nan_to_num(nan=0.0).median())
