@@ -202,6 +202,8 @@ def forget_the_best(patch: Patch) -> None:
     original = Best.update
 
     def update(self: Best, rows: Tensor, problem: Problem, reading: Reading) -> Tensor:
+        self._settle()
+        self._rows = None
         self.reached, self.score = self.reached.index_fill(0, rows, False), self.score.index_fill(0, rows, -torch.inf)
         return original(self, rows, problem, reading)
 

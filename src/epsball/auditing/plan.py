@@ -272,11 +272,10 @@ def _norms(threat: Projects, effort: str, classes: int) -> Iterator[Stage]:
 
 
 def _default(threat: Projects, classes: int) -> Iterator[Stage]:
-    """Under Linf twenty steps toward each of the three nearest classes break what a hundred toward nine do, but for 1 or 2 of 100
-    samples. What they miss, other starts find, and another loss; few only more steps. More starts pay only for samples that came
-    near. Where walks under Linf break many of those (networks whose gradients mislead), twenty steps toward every class break some
-    more. Under L2 a walk from far away breaks what nothing from near by does, on such networks; one each shows whether more pay. Rows that
-    are left go to targeted DLR, which leads elsewhere than the margin.
+    """Under Linf twenty steps toward each of the three nearest classes break what a hundred toward nine do, but for 1 or 2 of 100 samples.
+    What they miss, other starts find, and another loss; more pay only for samples that came near. Where walks under Linf break many of
+    those (networks whose gradients mislead), twenty steps toward every class break some more. Under L2 a walk from far away breaks what
+    nothing from near by does, on such networks; one each shows whether more pay. Rows that are left go to targeted DLR.
     """
     if isinstance(threat, L1):
         yield from _sparse(threat, classes)
