@@ -123,7 +123,7 @@ def windows(x: Tensor) -> Tensor:
 
 
 def test_what_filters_outside_of_autograd_is_probed(tmp_path: Path) -> None:
-    """A median in NumPy: the identity in its place is not enough under L2, the derivative by differences nearly that of the filter."""
+    """A median in NumPy falls under L2 as the same median in autograd's sight does."""
 
     def middle(net: nn.Module, x: Tensor) -> Tensor:
         return net(torch.from_numpy(np.median(windows(x.detach()).numpy(), axis=1, keepdims=True)))

@@ -135,10 +135,10 @@ def react(bench: Bench, findings: list[Finding], effort: str, seed: int) -> tupl
 def _straight(bench: Bench) -> Victim | None:
     """A twin that goes past what changes the input before a layer sees it.
 
-    Cost: at most 3 forward rows and 1 backward row for each of at most 32 samples.
+    Cost: 1 forward row for each of at most 32 samples; where there is such a layer 2 and 1 backward row more, and those of `probes`.
     """
-    rows, victim, model = _fine(bench), bench.victim, bench.victim.model
-    if not (len(rows) and isinstance(model, nn.Module)) or victim.lens or victim.fixed_batch:
+    rows, victim, model = _fine(bench), bench.victim, _opened(bench.victim)
+    if model is None or not len(rows):
         return None
     x = bench.x[rows]
     try:
@@ -190,18 +190,21 @@ def _truthful(bench: Bench, sight: Sight, findings: list[Finding], seed: int) ->
 def _turned(bench: Bench, sight: Sight, findings: list[Finding]) -> tuple[Sight, list[Finding]]:
     """Where what follows the scores of a layer turns their gradients around: a twin that goes by those scores.
 
-    Cost: 1 forward row for each of at most 32 samples; with such layers 2 more and 1 backward row, and 3 and 1 for each of up to 3.
+    Cost: 1 forward row for each of at most 32 samples; where there are such layers 2 and 1 backward row more, and as many for each of 3.
     """
-    rows, victim, model = _fine(bench), bench.victim, bench.victim.model
-    if not (len(rows) and isinstance(bench.goal, Untargeted) and isinstance(model, nn.Module)) or victim.lens or victim.fixed_batch:
+    rows, victim, model = _fine(bench), bench.victim, _opened(bench.victim)
+    if model is None or not len(rows) or not isinstance(bench.goal, Untargeted):
         return sight, findings
     x, goal, best = bench.x[rows], bench.goal.take(rows), bench.output[rows].argmax(1)
     try:
         with victim, torch.no_grad():
             layers = [name for name, scores in score_layers(model, x).items() if _share(scores.argmax(1) == best) >= SAME_CLASS]
+        if not layers:
+            return sight, findings
+        own = slopes(victim, x, goal, margin).flatten(1).double()
         for layer in reversed(layers[-LAYERS:]):
             twin = victim.twin(Inside(model, layer))
-            turned = _share(cosine(*(slopes(v, x, goal, margin).flatten(1).double() for v in (victim, twin))) < 0)
+            turned = _share(cosine(own, slopes(twin, x, goal, margin).flatten(1).double()) < 0)
             if turned > TURNED:
                 message = f"What follows the scores of layer '{layer}' turns the gradient around for {turned:.0%} of the samples."
                 message += " Those scores were followed as well."
@@ -210,6 +213,11 @@ def _turned(bench: Bench, sight: Sight, findings: list[Finding]) -> tuple[Sight,
     except Exception:  # what raises here is the business of other checks
         return sight, findings
     return sight, findings
+
+
+def _opened(victim: Victim) -> nn.Module | None:
+    """The module whose layers can be looked at with any batch; None where there is none, or something stands before it."""
+    return victim.model if isinstance(victim.model, nn.Module) and victim.lens is None and not victim.fixed_batch else None
 
 
 def _share(those: Tensor) -> float:

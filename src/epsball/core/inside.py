@@ -18,7 +18,17 @@ _APART, _PROBE = 3, 0.05
 """Pixels between those that are changed at once, and by how much."""
 
 
-class Inside(nn.Module):
+class _AtLayer(nn.Module):
+    """A model and the dotted name of one of its submodules."""
+
+    def __init__(self, model: nn.Module, layer: str) -> None:
+        super().__init__()
+        self.model = model
+        self.layer = layer
+        self.training = model.training
+
+
+class Inside(_AtLayer):
     """`model` answering with the scores of its submodule `layer`; its best class is the model's own.
 
     Where the best class of the layer is another, the two classes change scores. Every decision is therefore the model's, and
@@ -27,12 +37,6 @@ class Inside(nn.Module):
     Args:
         model: maps (B, ...) to (B, C) scores. layer: dotted name of a submodule that answers with (B, C) scores.
     """
-
-    def __init__(self, model: nn.Module, layer: str) -> None:
-        super().__init__()
-        self.model = model
-        self.layer = layer
-        self.training = model.training
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C)."""
@@ -55,16 +59,11 @@ def score_layers(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
     Those are left out that answer with the same numbers as the model, or as one after them.
     """
     found: dict[str, Any] = {}
-    handles = [
-        module.register_forward_hook(lambda _module, _inputs, output, name=name: found.__setitem__(name, output))
-        for name, module in model.named_modules()
-        if name and not isinstance(module, torch.jit.ScriptModule)
-    ]
-    try:
-        own = model(x)
-    finally:
-        for handle in handles:
-            handle.remove()
+
+    def attach(name: str, module: nn.Module) -> RemovableHandle:
+        return module.register_forward_hook(lambda _module, _inputs, output: found.__setitem__(name, output))
+
+    own = _looked(model, x, attach)
     kept: dict[str, Tensor] = {}
     for name, output in reversed(found.items()):  # a module answers after its parts
         fits = isinstance(output, Tensor) and output.shape == own.shape and output.is_floating_point() and bool(output.isfinite().all())
@@ -73,7 +72,7 @@ def score_layers(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
     return dict(reversed(kept.items()))
 
 
-class Straight(nn.Module):
+class Straight(_AtLayer):
     """`model` whose submodule `layer` sees what it always sees, while its gradient goes to the model's input as it is.
 
     The oldest form of BPDA (Athalye, Carlini & Wagner 2018, arXiv 1802.00420, section 4.1): what cleans an input changes little of it,
@@ -84,12 +83,6 @@ class Straight(nn.Module):
     """
 
     probes = 0
-
-    def __init__(self, model: nn.Module, layer: str) -> None:
-        super().__init__()
-        self.model = model
-        self.layer = layer
-        self.training = model.training
 
     def forward(self, x: Tensor) -> Any:
         """The model's own answer."""
@@ -121,7 +114,7 @@ class Probed(Straight):
     Cost: `probes` more rows forward, part of the way, for a look with a gradient.
     """
 
-    probes = 18
+    probes = 2 * _APART**2
 
     def led(self, real: Tensor, x: Tensor) -> Tensor:
         """The value of `real` with a gradient that goes to x."""
@@ -178,22 +171,13 @@ def changed_input(model: nn.Module, x: Tensor) -> str | None:
     """The last submodule in one look at x (B, ...) that sees x changed: its shape, other numbers, alike (`ALIKE`); None: none does."""
     found: dict[str, Any] = {}
 
-    def seen(name: str) -> Any:
+    def attach(name: str, module: nn.Module) -> RemovableHandle:
         def look(_module: nn.Module, inputs: Any) -> None:
             found.setdefault(name, inputs[0] if inputs else None)
 
-        return look
+        return module.register_forward_pre_hook(look, prepend=True)
 
-    handles = [
-        m.register_forward_pre_hook(seen(name), prepend=True)
-        for name, m in model.named_modules()
-        if name and not isinstance(m, torch.jit.ScriptModule)
-    ]
-    try:
-        model(x)
-    finally:
-        for handle in handles:
-            handle.remove()
+    _looked(model, x, attach)
     last: tuple[str, Tensor] | None = None
     for name, z in found.items():
         if not isinstance(z, Tensor) or z.shape != x.shape or not z.is_floating_point() or torch.equal(z, x):
@@ -203,6 +187,16 @@ def changed_input(model: nn.Module, x: Tensor) -> str | None:
     return last and last[0]
 
 
+def _looked(model: nn.Module, x: Tensor, attach: Callable[[str, nn.Module], RemovableHandle]) -> Any:
+    """The answer of a model with a hook at every submodule that can have one, for this look only."""
+    handles = [attach(name, m) for name, m in model.named_modules() if name and not isinstance(m, torch.jit.ScriptModule)]
+    try:
+        return model(x)
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 def _correlation(z: Tensor, x: Tensor) -> float:
     a, b = ((t - t.mean(1, keepdim=True)) for t in (z.flatten(1).double(), x.flatten(1).double()))
-    return float(nn.functional.cosine_similarity(a, b).nan_to_num(nan=0.0).median())
+    return float(F.cosine_similarity(a, b).nan_to_num(nan=0.0).median())

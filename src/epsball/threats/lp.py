@@ -7,6 +7,7 @@ toward the clean input, so that the norm of the stored change, taken in float64,
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Self
@@ -204,7 +205,7 @@ def _ranked(values: Tensor, count: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True, eq=False)
-class _Additive:
+class _Additive(ABC):
     """A threat whose variable is the perturbed input itself, inside `room`."""
 
     room: Room = field(default_factory=Room)
@@ -221,9 +222,9 @@ class _Additive:
         """z is the input itself."""
         return z
 
+    @abstractmethod
     def size(self, x: Tensor, z: Tensor) -> Tensor:
         """(B,) float64: how large the change is."""
-        raise NotImplementedError
 
     def reach(self, x: Tensor) -> Tensor:
         """The size of the way to the farthest corner of the intervals."""
