@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from epsball.core import Tally, Victim
-from epsball.core.inside import Inside, Probed, Straight, changed_input, score_layers
+from epsball.core.inside import Inside, Part, Probed, Shaken, Straight, behind_break, changed_input, parts, score_layers
 
 
 class Turned(nn.Module):
@@ -110,11 +110,91 @@ def test_differences_give_the_derivative_of_a_filter(rows: int) -> None:
     assert torch.allclose(seen.sum(1, keepdim=True) / 2, summed, rtol=1e-3, atol=1e-3 * float(summed.abs().max()))
 
 
-def test_probes_are_booked() -> None:
+@pytest.mark.parametrize(("kind", "probes"), [(Probed, 18), (lambda model, layer: Shaken(model, layer, (0.0, 1.0), 72, 10), 20)])
+def test_probes_are_booked(kind: Callable[[nn.Module, str], Straight], probes: int) -> None:
     model, x = filtered(3)
-    twin, tally = Victim(model).twin(Probed(model, "net")), Tally.zeros(3)
-    twin.probes = Probed.probes
+    within = kind(model, "net")
+    twin, tally = Victim(model).twin(within), Tally.zeros(3)
+    twin.probes = within.probes
     with twin:
         twin.differentiable(x.clone().requires_grad_(), tally)
         twin.outputs(x, tally)
-    assert tally.forwards.tolist() == [20, 20, 20]
+    assert tally.forwards.tolist() == [probes + 2] * 3
+
+
+class Mixed(nn.Module):
+    """Seven features into five others in NumPy, then a linear layer."""
+
+    mix = np.random.default_rng(0).normal(size=(7, 5)).astype(np.float32)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Linear(5, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(torch.from_numpy(x.detach().numpy() @ self.mix))
+
+
+@pytest.mark.parametrize("rows", [1, 5])
+def test_few_features_are_changed_one_by_one(rows: int) -> None:
+    torch.manual_seed(0)
+    model, x = Mixed().eval(), 6 * torch.rand(rows, 7) - 3
+    with Victim(model):
+        assert behind_break(model, x) == "net"
+        scores, seen = slope(Shaken(model, "net", (-3.0, 3.0), 7), x)
+        assert torch.equal(scores, model(x))
+        true = slope(lambda z: model.net(z @ torch.from_numpy(model.mix)), x)[1]
+    assert torch.allclose(seen, true, rtol=1e-3, atol=1e-3 * float(true.abs().max()))
+
+
+def shifted(x: Tensor) -> Tensor:
+    return torch.from_numpy(np.roll(x.detach().numpy(), (2, 2), axis=(2, 3)))
+
+
+def test_random_directions_give_the_derivative_in_the_mean_and_the_identity_at_once() -> None:
+    """Of 72 features 24 directions give a cosine of about sqrt(24 / 96) = 0.5 each time, whatever moves them about."""
+    model, x = filtered(1)
+    x, found, true = x.expand(60, -1, -1, -1) + 0.001 * torch.rand(60, 2, 6, 6), {}, slope(model.net, x.roll((2, 2), (2, 3)))[1]
+    for name, change in (("shift", shifted), ("identity", lambda z: z.detach().clone())):
+        model.cleaned = change  # type: ignore[method-assign]
+        with Victim(model):
+            assert behind_break(model, x) == "net"
+            found[name] = slope(Shaken(model, "net", (0.0, 1.0), 72, 24), x)[1].flatten(1)
+    wanted = true.roll((-2, -2), (2, 3)).flatten(1).expand(60, -1)
+    single, mean = (torch.cosine_similarity(one, wanted[: len(one)]) for one in (found["shift"], found["shift"].mean(0, keepdim=True)))
+    assert 0.35 < float(single.mean()) < 0.65
+    assert float(mean) > 0.95
+    assert torch.allclose(found["identity"], slope(model.net, x)[1].flatten(1), rtol=1e-2, atol=1e-3)
+
+
+def test_only_what_autograd_cannot_follow_and_differs_by_sample_is_behind_a_break() -> None:
+    model, x = filtered(4)
+    with Victim(model):
+        assert behind_break(model.net, x) is None
+        model.cleaned = lambda z: torch.zeros_like(z)  # type: ignore[method-assign]
+        assert behind_break(model, x) is None
+    assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+class Surer(nn.Module):
+    """A network shown something else than the input: what makes it surer of its answer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            best = self.net(x).argmax(1)
+        return self.net(x.detach() + 0.1 * best[:, None])
+
+
+def test_a_part_is_asked_for_the_input_itself_and_the_model_decides() -> None:
+    torch.manual_seed(0)
+    model, x = Surer().eval(), torch.randn(50, 6)
+    with Victim(model):
+        assert list(parts(model, x)) == ["net"]
+        scores, seen = slope(Part(model, "net"), x)
+        assert torch.equal(scores.argmax(1), model(x).argmax(1))
+        assert torch.equal(scores.sort(1).values, model.net(x).sort(1).values)
+        assert torch.equal(seen, slope(model.net, x)[1])

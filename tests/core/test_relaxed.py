@@ -375,6 +375,11 @@ def bag_of_words(net: nn.Module, x: Tensor) -> Tensor:
     return net(F.embedding_bag((x.flatten(1) * 15).round().long() + 16 * torch.arange(64), words, mode="sum"))
 
 
+def scattered_places(net: nn.Module, x: Tensor) -> Tensor:
+    order = x.flatten(1).argsort(1, descending=True)
+    return net(torch.zeros_like(order).scatter_(1, order, torch.arange(64).expand(len(x), 64)) / 63)
+
+
 TABLE = torch.linspace(0, 1, 8).square()
 RULES: dict[str, tuple[Change, tuple[str, ...]]] = {
     "floor": (lambda net, x: net((x * 7).floor() / 7), ("floor",)),
@@ -396,6 +401,9 @@ RULES: dict[str, tuple[Change, tuple[str, ...]]] = {
     "embedding": (lambda net, x: net(F.embedding((x * 7).long(), TABLE[:, None])), ("integers", "lookup")),
     "codebook": (codebook, ("lookup",)),
     "bag of words": (bag_of_words, ("integers", "lookup", "round")),
+    "ranks": (lambda net, x: net(x.flatten(1).argsort(1).argsort(1) / 63), ("ranks",)),
+    "ranks by sorting": (lambda net, x: net(x.flatten(1).sort(1, descending=True)[1].sort(1)[1] / 63), ("ranks",)),
+    "ranks by scattering": (scattered_places, ("ranks",)),
     "8-bit weights": (dynamic_linear, ("int8 layer",)),
     "8-bit layers": (static_layers, ("int8 layer", "quantize_per_tensor")),
     "buckets": (lambda net, x: net(torch.bucketize(x.detach(), torch.linspace(0, 1, 9)) / 8), ("bucketize", "detach")),
@@ -537,6 +545,23 @@ def test_the_slope_of_a_low_rank_is_its_own_where_values_differ() -> None:
     answer = ((u[..., :2] * s[..., None, :2]) @ v[..., :2, :]).flatten(1)
     (expected,) = torch.autograd.grad((answer * torch.arange(1.0, 17.0)).sum(), other)
     assert torch.allclose(found, expected, rtol=0.02, atol=0.02 * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize(
+    ("ranks", "sign"),
+    [
+        (lambda x: x.argsort(1).argsort(1), 1),
+        (lambda x: x.argsort(1, descending=True).argsort(1), -1),
+        (lambda x: x.argsort(1).argsort(1, descending=True), -1),
+        (lambda x: x.sort(1)[1].sort(1)[1], 1),
+        (lambda x: torch.zeros_like(x).scatter(1, x.argsort(1), torch.arange(0, -9.0, -1).expand_as(x)), -1),
+    ],
+)
+def test_a_rank_rises_by_all_places_between_the_least_and_the_largest(ranks: Forward, sign: int) -> None:
+    x = torch.rand(4, 9, generator=torch.Generator().manual_seed(0))
+    gradient = slope(lambda z: Relaxed(ranks)(z), x)[1]
+    steep = 8 / (x.amax(1, keepdim=True) - x.amin(1, keepdim=True))
+    assert torch.allclose(gradient, sign * steep * torch.arange(1.0, 10.0))
 
 
 def test_what_numpy_scales_is_scaled_on_the_way_back() -> None:
@@ -797,3 +822,16 @@ def test_a_custom_backward_that_lies_is_gone_around_where_asked() -> None:
     assert torch.allclose(slopes["trusted"], -weights[:, 0].expand(4, 5))
     assert torch.allclose(slopes["distrusted"], 2 * weights[:, 0].expand(4, 5))
     assert isinstance(victim.relaxed().relaxed(distrust=True).model, Relaxed)
+
+
+def test_a_hook_on_a_tensor_is_left_out_where_gradients_are_distrusted() -> None:
+    def hooked(x: Tensor) -> Tensor:
+        copy = 2 * x
+        if copy.requires_grad:
+            copy.register_hook(torch.neg).remove()
+            copy.register_hook(torch.neg)
+        return copy
+
+    x = torch.rand(4, 5)
+    assert torch.equal(slope(Relaxed(hooked), x)[1], slope(hooked, x)[1])
+    assert torch.equal(slope(Relaxed(hooked, distrust=True), x)[1], -slope(hooked, x)[1])

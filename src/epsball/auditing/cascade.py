@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from epsball.auditing.checks import FINAL_CHECKS, ROUND_CHECKS, Scene, attack_row, effort_suffices, queries_suffice, told_once
-from epsball.auditing.plan import CLOSE, Stage, beside, black_box, by_chance, plan, row_budget, smooth, through_twins
+from epsball.auditing.doubted import by_chance, by_directions, smooth, through_twins
+from epsball.auditing.plan import CLOSE, Stage, beside, black_box, plan, row_budget
 from epsball.auditing.referee import Referee
 from epsball.auditing.results import Flag
 from epsball.auditing.sheet import Round, Sheet
@@ -45,9 +46,10 @@ def stages_of(sheet: Sheet, current: Round, effort: str) -> tuple[Stage, ...]:
         return black_box(threat, model.access, sheet.queries)
     single, dead = isinstance(sheet.subject.goal, Untargeted), sight.dead
     known = plan(threat, effort, classes=sheet.clean.shape[1], single_label=single, gradients=not dead)
+    shaken = [replace(stage, beyond=not dead) for stage in by_directions(threat, effort, sight.shaken)]
     if dead:  # noise and grids are part of both
         names, blind = {stage.attack.name for stage in known}, beside(threat, model.access, effort, sheet.queries)
-        return (*known, *(replace(stage, beyond=False) for stage in blind if stage.attack.name not in names))
+        return (*known, *shaken, *(replace(stage, beyond=False) for stage in blind if stage.attack.name not in names))
     if sight.bare is not None:
         own = by_chance(threat, effort, model, sight.victim.draws) if sight.own else ()
         other = by_chance(threat, effort, sight.bare, sight.victim.draws) if sight.bare is not model else ()
@@ -61,6 +63,7 @@ def stages_of(sheet: Sheet, current: Round, effort: str) -> tuple[Stage, ...]:
         stages += [replace(s, victim=sight.victim, beyond=True) for s in smooth(threat, effort)]
     if sight.straight is not None:
         stages += [replace(s, victim=sight.straight, beyond=True) for s in known]
+    stages += shaken
     return (*stages, *beside(threat, model.access, effort, sheet.queries)) if sight.doubted else tuple(stages)
 
 

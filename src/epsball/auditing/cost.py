@@ -39,7 +39,7 @@ def most_forwards(sheet: Sheet, effort: str) -> int:
 
 
 def _forwards(stage: Stage, shown: bool) -> int:
-    """A plan counts rows as time: where gradients are to be had, a row without one is a half."""
+    """A plan counts rows as time: where gradients are to be had, a row without one is a half. Probes come with every gradient."""
     known = entries().get(stage.attack.name)
     free = shown and known is not None and known.access is not Access.GRADIENT
-    return stage.rows * (2 if free else 1)
+    return stage.rows * (2 if free else 1 + (stage.victim.probes if stage.victim else 0))

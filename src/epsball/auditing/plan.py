@@ -33,13 +33,13 @@ from epsball.attacks.blackbox import searches
 from epsball.attacks.combine import Restarts, restarted
 from epsball.attacks.swaps import Swaps
 from epsball.attacks.vertices import Vertices
-from epsball.core import Access, Attack, AttackLike, Descent, Fading, Halving, Momentum, Near, Objective, Projects, Steepest, Victim, chain
+from epsball.core import Access, Attack, AttackLike, Objective, Projects, Victim
 from epsball.errors import BadInput
 from epsball.objectives import cross_entropy, dlr, dlr_targeted, margin
 from epsball.threats import L0, L1, L2, Color, Flow, Linf, Patch, Rigid
 
 EFFORTS = ("fast", "default", "max")
-_STEPS = {"fast": 10, "default": 40, "max": 100}
+STEPS = {"fast": 10, "default": 40, "max": 100}
 NEAR, NEARER, VERY_NEAR = 0.15, 0.1, 0.04
 """Shares of the clean margin that searches must have come down to for more starts, for one more walk, and for many, to be worth their
 rows."""
@@ -136,10 +136,10 @@ def plan(threat: Projects, effort: str, *, classes: int, single_label: bool, gra
     if isinstance(threat, L0):
         return (*stages, *_pixels(threat, effort))
     if isinstance(threat, Rigid):
-        return (*stages, _grid(threat, level), _restarted(threat, effort, (1, 3, 5)[level], margin))
+        return (*stages, _grid(threat, level), anew(threat, effort, (1, 3, 5)[level], margin))
     if isinstance(threat, Linf | L2 | L1):
         return (*stages, *_norms(threat, effort, classes if aimed else 0))
-    return (*stages, _variable(threat, _steps(threat, effort), (5, 9, 9)[level], classes if aimed else 0), _restarted(threat, effort, 1))
+    return (*stages, _variable(threat, steps_of(threat, effort), (5, 9, 9)[level], classes if aimed else 0), anew(threat, effort, 1))
 
 
 def black_box(threat: Projects, access: Access, queries: int) -> tuple[Stage, ...]:
@@ -157,59 +157,9 @@ def beside(threat: Projects, access: Access, effort: str, queries: int) -> Itera
             yield replace(longer[number], beyond=True, pays=PAYS)
 
 
-def by_chance(threat: Projects, effort: str, model: Victim, draws: int) -> tuple[Stage, ...]:
-    """For random models: both losses on the mean of `draws` answers, then cross-entropy on that of three times as many.
-
-    None stops at a first success. Steps shrink whatever the scores say, and directions are remembered: where scores are noisy, APGD
-    halves its step, and goes back to its best point, by luck. Of 97 samples (MNIST, 40 steps on the mean of 10) cross-entropy left 13
-    on a network that drops activations at random and 19 behind random resizing, the margin 17 and 23; APGD left 19 and 20, and 21 and
-    25. Three times the answers, in twice the steps, broke 1 and 0 of what was left. Short searches at single classes drown in noise.
-    """
-    steps = _STEPS[effort]
-    ways = ((draws, cross_entropy), (draws, margin), (3 * draws, cross_entropy))
-    return tuple(Stage(_fading(threat, steps, loss), steps * k, model.averaged(k), keep=True) for k, loss in ways)
-
-
-def _fading(threat: Projects, steps: int, objective: Objective, name: str = "eot") -> AttackLike:
-    """A climb whose steps shrink whatever the scores say, for scores with noise in them; PGD_0 under L0."""
-    if isinstance(threat, L0):
-        return pgd(steps, threat=threat, objective=objective)
-    way = Descent(Fading(0.25), chain(Momentum(0.75), Steepest()), noise=True)
-    return Attack(name, threat, objective, way, steps)
-
-
-def deeper_by_chance(threat: Projects, effort: str) -> AttackLike:
-    """`deeper` for random models: twice the steps of `by_chance`, on both losses."""
-    steps = 2 * _STEPS[effort]
-    return Cascade(tuple(_fading(threat, steps, loss) for loss in (cross_entropy, margin)), "eot")
-
-
-def through_twins(threat: Projects, effort: str, classes: int) -> tuple[Stage, ...]:
-    """For models of which a twin gives gradients: every class and both losses, whoever came near.
-
-    Their scores fall in steps, so that how near a search came tells little, and APGD, which goes back to its best score, stays where
-    it is: two climbs go on whatever the scores say. `classes` is 0 where nothing can be aimed at.
-    """
-    if effort == "fast" or not isinstance(threat, Linf | L2 | L1):
-        return ()
-    onward = _runs(_fading(threat, 100, cross_entropy, "onward"), 100, 1, 2)
-    return _aimed(threat, 20, 3, 9, classes), _restarted(threat, effort, 3), onward
-
-
-def smooth(threat: Projects, effort: str) -> tuple[Stage, ...]:
-    """For gradients that jump: the mean of those at random points nearby, in two sizes of neighborhood; none where a threat draws none."""
-    if not isinstance(threat, Linf | L2 | L1):
-        return ()
-    steps, draws = _steps(threat, effort), (4, 8, 16)[EFFORTS.index(effort)]
-    searches = (
-        Attack(f"near_{share:g}", threat, margin, Descent(Halving(), gradient=Near(draws, share), inertia=0.75, noise=True), steps)
-        for share in (0.25, 1.0)
-    )
-    return tuple(Stage(search, steps * (draws + 1)) for search in searches)
-
-
-def _restarted(threat: Projects, effort: str, restarts: int, objective: Objective = cross_entropy) -> Stage:
-    steps = _steps(threat, effort)
+def anew(threat: Projects, effort: str, restarts: int, objective: Objective = cross_entropy) -> Stage:
+    """APGD from so many starts."""
+    steps = steps_of(threat, effort)
     return Stage(apgd(steps, restarts, threat=threat, objective=objective), steps * restarts)
 
 
@@ -218,7 +168,7 @@ def _pixels(threat: L0, effort: str) -> Iterator[Stage]:
 
     Of few pixels random search tries so many sets that gradients, which only tell of small changes, find no more.
     """
-    steps, restarts = _steps(threat, effort), (1, 2, 5)[EFFORTS.index(effort)]
+    steps, restarts = steps_of(threat, effort), (1, 2, 5)[EFFORTS.index(effort)]
     for search in (corners(2 * steps, threat=threat), sigma_zero(8 * steps, threat=threat)):
         yield Stage(replace(search, smallest=False), search.steps)  # any success within the radius will do
     yield Stage(nearest(6 * steps, threat), 6 * steps)  # its way by L1 finds what those miss on networks trained against Linf
@@ -234,7 +184,7 @@ def _squares(threat: Patch, effort: str, gradients: bool) -> tuple[Stage, ...]:
     if not gradients:
         return (paint,)
     short = Stage(apgd(10, restarts, threat=threat, objective=margin), 10 * restarts)
-    return paint, short, _restarted(threat, effort, (1, 3, 5)[level])
+    return paint, short, anew(threat, effort, (1, 3, 5)[level])
 
 
 def _grid(threat: Rigid, level: int) -> Stage:
@@ -255,10 +205,10 @@ def _norms(threat: Projects, effort: str, classes: int) -> Iterator[Stage]:
         yield from _from_closest(threat)
         yield _walks(threat, 30, 1, far=3, rounds=2)
     elif effort == "fast":
-        yield _aimed(threat, 10, 1, 3, classes)
+        yield at_nearest(threat, 10, 1, 3, classes)
         yield _walks(threat, 30, 1, far=3, rounds=2)
     else:
-        yield _aimed(threat, 20, 3, 3, classes)
+        yield at_nearest(threat, 20, 3, 3, classes)
         yield Stage(apgd(20, 10, threat=threat, objective=margin), 200)
         yield _walks(threat, 30, 10, far=3, rounds=2)
         if isinstance(threat, L1):
@@ -266,7 +216,7 @@ def _norms(threat: Projects, effort: str, classes: int) -> Iterator[Stage]:
             yield Stage(from_larger(100, 5, threat=threat, objective=margin, scales=_BALLS), 500)
             yield from _four_kinds(threat, classes, 1, 10)
             yield from _from_closest(threat, climb=True)
-            yield _runs(vertices(60, threat), 60, 41, 5)
+            yield side_by_side(vertices(60, threat), 60, 41, 5)
             yield from _from_closest(threat, climb=True)
         yield from _long(threat, classes)
 
@@ -280,26 +230,26 @@ def _default(threat: Projects, classes: int) -> Iterator[Stage]:
     if isinstance(threat, L1):
         yield from _sparse(threat, classes)
         return
-    yield _aimed(threat, 20, 3, 3, classes)
+    yield at_nearest(threat, 20, 3, 3, classes)
     if isinstance(threat, Linf):
         for loss in (margin, cross_entropy):
             yield Stage(restarted(apgd(20, threat=threat, objective=loss), 2, abreast=True), 40, near=0.3, nearer=(NEAR, 1))
-        yield replace(_aimed(threat, 40, 3, 1, classes), near=NEARER)
+        yield replace(at_nearest(threat, 40, 3, 1, classes), near=NEARER)
         # Runs are counted as if all samples had as many; most have one, hence half of what a walk takes.
         yield replace(_walks(threat, 60, 5, far=3, rounds=2), near=NEARER, nearer=(VERY_NEAR, 1), fill=33, once=True)
-        yield replace(_aimed(threat, 20, 3, 9, classes), near=NEAR, pays=0.1)
+        yield replace(at_nearest(threat, 20, 3, 9, classes), near=NEAR, pays=0.1)
     else:
         yield from _while_it_pays(_walks(threat, 30, 1, far=3, rounds=2), 2, 1)
-        yield replace(_runs(outside_in(40, threat, far=3, rounds=2), 49, 3, 9), near=NEARER, nearer=(0.03, 1))
+        yield replace(side_by_side(outside_in(40, threat, far=3, rounds=2), 49, 3, 9), near=NEARER, nearer=(0.03, 1))
         if classes:
-            yield replace(_aimed(threat, 20, 3, 2, classes, dlr_targeted), near=0.5, fill=23)
+            yield replace(at_nearest(threat, 20, 3, 2, classes, dlr_targeted), near=0.5, fill=23)
 
 
 def _while_it_pays(one: Stage, more: int, times: int) -> Iterator[Stage]:
     """One run, then so many at a time, as long as that pays."""
     yield one
     for turn in range(times):
-        yield replace(_runs(one.attack, one.rows, 1 + turn * more, more), pays=PAYS)
+        yield replace(side_by_side(one.attack, one.rows, 1 + turn * more, more), pays=PAYS)
 
 
 def _sparse(threat: L1, classes: int) -> Iterator[Stage]:
@@ -315,7 +265,7 @@ def _sparse(threat: L1, classes: int) -> Iterator[Stage]:
     yield _at_classes(threat, classes, 5)
     yield from _from_closest(threat, climb=True)
     yield from _while_it_pays(_walks(threat, 30, 1, far=3, rounds=2), 2, 4)
-    yield replace(_runs(vertices(30, threat), 30, 8, 8, fill=18), near=NEAR, nearer=(0.05, 3))
+    yield replace(side_by_side(vertices(30, threat), 30, 8, 8, fill=18), near=NEAR, nearer=(0.05, 3))
     yield from _from_closest(threat, climb=True)
     for first, count in ((16, 4), (32, 9)):
         yield from _four_kinds(threat, classes, first, count, fill=True)
@@ -340,34 +290,34 @@ def _four_kinds(threat: L1, classes: int, first: int, count: int, fill: bool = F
     kinds = ((3.0, loss, 11), (3.0, cross_entropy, 11), (60.0, margin, 16), (30.0, cross_entropy, 16))
     for number, (budgets, objective, looks) in enumerate(kinds):
         search = vertices(20, threat, objective, (budgets, budgets))
-        yield _runs(search, 20, first + number * count, count, looks if fill else 0)
+        yield side_by_side(search, 20, first + number * count, count, looks if fill else 0)
 
 
 def _at_classes(threat: L1, classes: int, first: int) -> Stage:
     """`vertices` at each of the nine best other classes, or three runs from number `first` on where nothing can be aimed at."""
     search = vertices(20, threat, first=(3.0, 3.0))
     if not classes:
-        return _runs(search, 20, first, 3)
+        return side_by_side(search, 20, first, 3)
     count = min(9, classes - 1)
     return Stage(EveryTarget(search, count, by_logit, name="vertices_t", abreast=True), 20 * count)
 
 
-def _runs(search: AttackLike, rows: int, first: int, count: int, fill: int = 0) -> Stage:
+def side_by_side(search: AttackLike, rows: int, first: int, count: int, fill: int = 0) -> Stage:
     """Runs of a search, each of at most so many rows, from the one of number `first` on, side by side."""
     return Stage(Restarts(search, count, first=first, abreast=True), rows * count, fill=fill)
 
 
 def _long(threat: Projects, classes: int) -> Iterator[Stage]:
-    steps = _steps(threat, "max")
+    steps = steps_of(threat, "max")
     yield _walks(threat, 160, 5, far=20, rounds=4)
-    yield _aimed(threat, steps, 3, 9, classes)
-    yield _restarted(threat, "max", 3, margin)
-    yield _restarted(threat, "max", 3)
+    yield at_nearest(threat, steps, 3, 9, classes)
+    yield anew(threat, "max", 3, margin)
+    yield anew(threat, "max", 3)
     if classes:
         yield Stage(apgd_dlr(steps, 3, threat=threat), 3 * steps)
 
 
-def _aimed(threat: Projects, steps: int, restarts: int, targets: int, classes: int, objective: Objective = margin) -> Stage:
+def at_nearest(threat: Projects, steps: int, restarts: int, targets: int, classes: int, objective: Objective = margin) -> Stage:
     """At the nearest classes; the margin from several starts where nothing can be aimed at."""
     if not classes:
         return Stage(apgd(steps, restarts, threat=threat, objective=margin), steps * restarts)
@@ -396,14 +346,14 @@ def _variable(threat: Projects, steps: int, targets: int, classes: int) -> Stage
     return Stage(EveryTarget(attack, count, by_logit, name=f"{attack.name}_t"), steps * count)
 
 
-def _steps(threat: Projects, effort: str) -> int:
+def steps_of(threat: Projects, effort: str) -> int:
     """L1 gets twice the steps: its search has to find the right sparsity as well, and still gains where the others have ended."""
-    return _STEPS[effort] * (2 if isinstance(threat, L1) else 1)
+    return STEPS[effort] * (2 if isinstance(threat, L1) else 1)
 
 
 def deeper(threat: Projects, effort: str, *, classes: int, single_label: bool) -> AttackLike:
     """The plan's strongest attack again with twice the steps and all the targets: what would more effort still find?"""
-    steps, aimed = 2 * _steps(threat, effort), single_label and classes >= 3
+    steps, aimed = 2 * steps_of(threat, effort), single_label and classes >= 3
     if isinstance(threat, L0):
         wide = replace(sigma_zero(8 * steps, threat=threat), smallest=False)
         random = sparse_rs(25 * steps, threat=threat)
@@ -416,7 +366,7 @@ def deeper(threat: Projects, effort: str, *, classes: int, single_label: bool) -
     if not isinstance(threat, Linf | L2 | L1):
         return _variable(threat, steps, 9, classes if aimed else 0).attack
     short, walks = (20, 20, 200)[level], (1, 2, 5)[level]
-    again = _aimed(threat, short, (2, 6, 6)[level], 9, classes if aimed else 0).attack
+    again = at_nearest(threat, short, (2, 6, 6)[level], 9, classes if aimed else 0).attack
     far = _walks(threat, (60, 60, 200)[level], walks, far=3 if level < 2 else 20, rounds=2 if level < 2 else 4).attack
     return Cascade((again, far), f"{again.name} and {far.name}")
 

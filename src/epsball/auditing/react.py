@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from epsball.auditing.preflight import Bench, alive, cosine, foretold, posed, slopes
 from epsball.auditing.results import Finding
 from epsball.core import Key, Tally, Untargeted, Victim, content_ids
-from epsball.core.inside import Inside, Probed, Straight, changed_input, score_layers
+from epsball.core.inside import Inside, Part, Probed, Shaken, Straight, behind_break, changed_input, parts, score_layers
 from epsball.objectives import margin
 
 DRAWS = {"fast": 5, "default": 10, "max": 20}
@@ -37,6 +37,11 @@ TRUE, ASIDE, DIRECTIONS = 0.2, 0.02, 8
 FAR, REACH = 0.75, 0.05
 """The same correlation farther aside, below which searches that go by gradients need others beside them
 (`benchmarks/gradients.py`)."""
+TOLD, SHAKEN = 0.6, 0.1
+"""The same correlation of other twins, below which differences in random directions are tried; the least of those for them to be followed:
+few directions of many tell little of any one."""
+WAYS = ((32, 0.3), (32, 0.05), (128, 0.05))
+"""How many directions searches follow, and how wide changes, one after the other; many where the few before them pay."""
 BLANK = 0.75
 """Share of features without a gradient above which the same holds."""
 LAYERS, SAME_CLASS, TURNED = 3, 0.9, 0.05
@@ -56,6 +61,7 @@ class Sight:
         judges: draws of a ruling; more than 1 for a random model. hidden: steps of the model that have no useful derivative.
         rough: gradients jump, so smoothed ones are tried as well. dead: no gradient is to be had anywhere. blind: for some samples
             none is, whichever way the model is looked at. straight: a twin that goes past what changes the input, where there is doubt.
+            shaken: twins with a derivative by differences in random directions (`WAYS`), where no other tells how scores change.
     """
 
     victim: Victim
@@ -67,6 +73,7 @@ class Sight:
     dead: bool = False
     blind: bool = False
     straight: Victim | None = None
+    shaken: tuple[Victim, ...] = ()
 
     @property
     def doubted(self) -> bool:
@@ -127,9 +134,49 @@ def react(bench: Bench, findings: list[Finding], effort: str, seed: int) -> tupl
     if message:
         message += " Their mean over neighborhoods was followed as well, and searches without gradients ran."
         sight, findings = replace(sight, rough=True), [*findings, Finding(id="rough", status="note", message=message)]
-    if sight.doubted and sight.hidden != (STRAIGHT,) and not faults & {"batch", "state"}:
-        sight = replace(sight, straight=_straight(bench))
-    return sight, findings
+    return (sight, findings) if faults & {"batch", "state"} else _beside(bench, sight, findings, seed)
+
+
+def _beside(bench: Bench, sight: Sight, findings: list[Finding], seed: int) -> tuple[Sight, list[Finding]]:
+    """Where gradients are in doubt or dead: ways past what comes before a layer, beside or in the place of others."""
+    if sight.doubted and sight.hidden != (STRAIGHT,):
+        sight = replace(sight, straight=_straight(bench) or _part(replace(bench, victim=sight.victim), bench.victim, seed))
+    others = [way for way in (sight.victim, sight.straight) if way is not None and not sight.dead]
+    shaken = _shaken(bench, others, seed) if sight.doubted or sight.dead else ()
+    if not shaken:
+        return sight, findings
+    message = "What comes before a layer inside got a derivative by differences in random directions as well."
+    if sight.dead:
+        findings = [_met(f, f" {message}", "warn") if f.id == "no-gradient" else f for f in findings]
+    else:
+        findings = [*findings, Finding(id="hidden-steps", status="note", message=message)]
+    return replace(sight, shaken=shaken), findings
+
+
+def _shaken(bench: Bench, others: list[Victim], seed: int) -> tuple[Victim, ...]:
+    """Twins with a derivative by differences in random directions of what comes before a layer, where it tells how scores change and no
+    other twin does.
+
+    Cost: that of `truth` for each of the others; where none is true, 1 forward row for each of at most 32 samples; where there is such a
+    layer that of `truth` again, with `probes`.
+    """
+    rows, victim, model = _fine(bench), bench.victim, _opened(bench.victim)
+    if model is None or not len(rows) or any(truth(replace(bench, victim=way), seed, REACH) >= TOLD for way in others):
+        return ()
+    x, twins = bench.x[rows], []
+    try:
+        with victim:
+            layer = behind_break(model, x)
+        if layer is None:
+            return ()
+        for count, width in WAYS:
+            twin = victim.twin(within := Shaken(model, layer, victim.box, x[0].numel(), count, width))
+            twin.probes = within.probes
+            twins.append(twin)
+        alive = bool(slopes(twins[1], x, bench.goal.take(rows), margin).any())
+        return tuple(twins) if alive and truth(replace(bench, victim=twins[1]), seed, REACH) >= SHAKEN else ()
+    except Exception:  # what raises here is the business of other checks
+        return ()
 
 
 def _straight(bench: Bench) -> Victim | None:
@@ -155,6 +202,29 @@ def _straight(bench: Bench) -> Victim | None:
         return None
 
 
+def _part(bench: Bench, own: Victim, seed: int) -> Victim | None:
+    """Where the gradients of `bench` do not tell how scores change: a twin that goes by those of a network inside, for the input as it is.
+
+    Cost: that of `truth`; where it says no 1 forward row for each of at most 32 samples, and 1 more for every such network; where one
+    answers as the model does that of `truth` again.
+    """
+    rows, model = _fine(bench), _opened(own)
+    if model is None or not len(rows) or not isinstance(bench.goal, Untargeted) or (told := truth(bench, seed, REACH)) >= FAR:
+        return None
+    x, goal, best = bench.x[rows], bench.goal.take(rows), bench.output[rows].argmax(1)
+    try:
+        with own, torch.no_grad():
+            alike = [name for name, scores in parts(model, x).items() if _share(scores.argmax(1) == best) >= SAME_CLASS]
+        if not alike:
+            return None
+        twin = own.twin(Part(model, alike[0]))
+        twin.probes = Part.probes
+        alive = bool(slopes(twin, x, goal, margin).any())
+        return twin if alive and truth(replace(bench, victim=twin), seed, REACH) > told else None
+    except Exception:  # what raises here is the business of other checks
+        return None
+
+
 def _rough(bench: Bench, seed: int, steady: bool) -> str:
     """How gradients jump, or, of `steady` models, what they leave out or over how short a way they hold; empty where all is well."""
     likeness = alike(bench, seed)
@@ -171,15 +241,17 @@ def _rough(bench: Bench, seed: int, steady: bool) -> str:
 
 
 def _truthful(bench: Bench, sight: Sight, findings: list[Finding], seed: int) -> tuple[Sight, list[Finding]]:
-    """Where gradients do not tell how scores change: a twin that goes around custom backward passes, if its own do."""
+    """Where gradients do not tell how scores change: a twin that goes around custom backward passes and hooks, if its own do."""
     told = truth(replace(bench, victim=sight.victim), seed)
-    if told >= TRUE:
+    if told >= FAR:
         return sight, findings
     message = f"The gradient does not tell how the margin changes: its correlation with measured changes is {told:.2f} in the middle."
     twin = bench.victim.relaxed(distrust=True)
     around = truth(replace(bench, victim=twin), seed)
+    if told >= TRUE and around < told + TRUE:
+        return sight, findings
     if around > max(told, 0.0):
-        sight = replace(sight, victim=twin, own=around < TRUE, hidden=(CUSTOM, *_hidden(bench, twin)))
+        sight = replace(sight, victim=twin, own=told >= TRUE or around < TRUE, hidden=(CUSTOM, *_hidden(bench, twin)))
         message += f" Behind the operations inside custom backward passes it is {around:.2f}: searches followed that gradient."
     if around < TRUE:
         sight, message = replace(sight, rough=True), message + " Means over neighborhoods were followed as well."
@@ -316,7 +388,7 @@ def _backward(bench: Bench, findings: list[Finding], faults: set[str], seed: int
     if not own and (straight := _straight(bench)) is not None:
         message = " Only what follows a layer that sees the input changed was followed, and the change by differences where it is an image."
         return Sight(straight, own, hidden=(STRAIGHT,), blind=True), [_met(f, message) if f.id in dead else f for f in findings]
-    unmet = [_met(f, " Only searches without gradients ran.", "block") if f.id == "no-gradient" else f for f in findings]
+    unmet = [_met(f, " Searches without gradients ran.", "block") if f.id == "no-gradient" else f for f in findings]
     return Sight(best, own, hidden=hidden, dead=not own, blind=own), unmet
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any
 
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
 
+from epsball.core.random import Key, content_ids
 from epsball.core.substitute import Swap
 
 ALIKE = 0.5
@@ -46,11 +48,36 @@ class Inside(_AtLayer):
             own = self.model(x)
         finally:
             handle.remove()
-        inner, rows = seen[-1], torch.arange(len(own), device=own.device)
-        places = torch.arange(own.shape[1], device=own.device).repeat(len(own), 1)
-        best, first = own.argmax(1), inner.argmax(1)
-        places[rows, best], places[rows, first] = first, best
-        return inner.gather(1, places)
+        return _decided(own, seen[-1])
+
+
+class Part(_AtLayer):
+    """`model` answering with the scores that its submodule `layer` gives for the model's input as it is; its best class is the model's own.
+
+    As `Inside`, for a network around which something works out what to show it: what misleads where that ends may not mislead here.
+
+    Args:
+        model: maps (B, ...) to (B, C) scores. layer: dotted name of a submodule that maps the same inputs to (B, C) scores.
+
+    Cost: `probes` more rows forward.
+    """
+
+    probes = 1
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C)."""
+        with torch.no_grad():
+            own = self.model(x)
+        return _decided(own, self.model.get_submodule(self.layer)(x))
+
+
+def _decided(own: Tensor, inner: Tensor) -> Tensor:
+    """The scores `inner` (B, C) with those of two classes exchanged wherever the best class of `own` is another."""
+    rows = torch.arange(len(own), device=own.device)
+    places = torch.arange(own.shape[1], device=own.device).repeat(len(own), 1)
+    best, first = own.argmax(1), inner.argmax(1)
+    places[rows, best], places[rows, first] = first, best
+    return inner.gather(1, places)
 
 
 def score_layers(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
@@ -70,6 +97,22 @@ def score_layers(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
         if fits and not any(torch.equal(output, other) for other in (own, *kept.values())):
             kept[name] = output
     return dict(reversed(kept.items()))
+
+
+def parts(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
+    """Submodules that one look at x (B, ...) asks for scores (B, C) of something of its shape, with those that they give x itself."""
+    found: dict[str, Any] = {}
+
+    def attach(name: str, module: nn.Module) -> RemovableHandle:
+        def look(_module: nn.Module, inputs: Any, output: Any) -> None:
+            z = inputs[0] if inputs else None
+            if isinstance(z, Tensor) and isinstance(output, Tensor) and z.shape == x.shape:
+                found[name] = output
+
+        return module.register_forward_hook(look)
+
+    own = _looked(model, x, attach)
+    return {name: model.get_submodule(name)(x) for name, output in found.items() if output.shape == own.shape}
 
 
 class Straight(_AtLayer):
@@ -103,22 +146,21 @@ class Straight(_AtLayer):
         return self.model.get_submodule(self.layer).register_forward_pre_hook(hook, prepend=True)
 
 
-class Probed(Straight):
-    """`Straight` for images (B, C, H, W), with the derivative of what comes before the layer in the place of the identity: by differences.
-
-    Every third pixel of every third row is changed at once in all its channels, up and down by a twentieth of [0, 1], in nine turns; what
-    changes in the layer's input around a pixel, one pixel far, is that pixel's doing (the coloring of Curtis, Powell & Reid 1974, for
-    filters of 3 x 3), and each of its channels gets all of it. For what runs outside of autograd: filters, thresholds and codecs in
-    NumPy or C. The model is asked no further than to the layer.
+class _Sensed(Straight, ABC):
+    """`Straight` with the derivative of what comes before the layer in the place of the identity: by differences of what the layer sees.
 
     Cost: `probes` more rows forward, part of the way, for a look with a gradient.
     """
 
-    probes = 2 * _APART**2
+    probes: int
 
     def led(self, real: Tensor, x: Tensor) -> Tensor:
         """The value of `real` with a gradient that goes to x."""
-        return _Differences.apply(real, x, self.seen)  # type: ignore[no-untyped-call, no-any-return]
+        return _Differences.apply(real, x, self.derivative)  # type: ignore[no-untyped-call, no-any-return]
+
+    @abstractmethod
+    def derivative(self, x: Tensor, slope: Tensor) -> Tensor:
+        """(B, ...) slope for x of what the layer sees, where `slope` is that for the layer's input."""
 
     def seen(self, x: Tensor) -> Tensor:
         """What the layer sees of x."""
@@ -139,32 +181,99 @@ class Probed(Straight):
         return found[0]
 
 
+class Probed(_Sensed):
+    """By differences of images (B, C, H, W) in [0, 1], of which pixels change little but their neighbors.
+
+    Every third pixel of every third row is changed at once in all its channels, up and down by a twentieth of [0, 1], in nine turns; what
+    changes in the layer's input around a pixel, one pixel far, is that pixel's doing (the coloring of Curtis, Powell & Reid 1974, for
+    filters of 3 x 3), and each of its channels gets all of it. For what runs outside of autograd: filters, thresholds and codecs in
+    NumPy or C. The model is asked no further than to the layer.
+    """
+
+    probes = 2 * _APART**2
+
+    def derivative(self, x: Tensor, slope: Tensor) -> Tensor:
+        """The sum over 3 x 3 neighbors of slope times change, by the width of the change."""
+        total, rows, columns = torch.zeros_like(x), torch.arange(x.shape[2], device=x.device), torch.arange(x.shape[3], device=x.device)
+        for turn in range(_APART**2):
+            mask = ((rows % _APART == turn // _APART)[:, None] & (columns % _APART == turn % _APART)).to(x)
+            up, down = (x + _PROBE * mask).clamp(max=1), (x - _PROBE * mask).clamp(min=0)
+            change = slope * (self.seen(up) - self.seen(down))
+            near = F.avg_pool2d(change.sum(1, keepdim=True), _APART, 1, _APART // 2, divisor_override=1)
+            total += mask * near / (up - down).amax(1, keepdim=True).clamp(min=1e-6)
+        return total
+
+
+class Shaken(_Sensed):
+    """By differences in random directions that change every feature at once (simultaneous perturbation; Spall 1992), whatever the shapes.
+
+    For what moves, mixes or measures features outside of autograd. In the mean over directions it is the derivative; of d features the
+    cosine with that is about sqrt(m / (m + d)) for m directions. Where the layer sees the shape of the input, that part of the differences
+    which the identity foretells is taken from there, so that only the rest of the directions' noise is left (a control variate). Few
+    features are changed one by one, which is the derivative itself.
+
+    Args:
+        model, layer: as for `Straight`; the layer's first input may have any shape (B, ...). box: legal range of the model's input.
+        features: of one sample of the model's input. most: directions. width: by how much each feature changes, up and down, in boxes, of
+            which none counts as wider than 1. Thresholds are only met by wide changes.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        layer: str,
+        box: tuple[float | Tensor, float | Tensor],
+        features: int,
+        most: int = 32,
+        width: float = _PROBE,
+    ) -> None:
+        super().__init__(model, layer)
+        self.box, self.width = box, width
+        self.single = features <= most
+        self.probes = 2 * min(features, most)
+
+    def derivative(self, x: Tensor, slope: Tensor) -> Tensor:
+        """(B, ...): what the directions tell, each by the width of the change."""
+        ways, changes = zip(*(self._along(x, slope, turn) for turn in range(self.probes // 2)), strict=True)
+        way, change = torch.stack(ways, 1), torch.stack(changes, 1)
+        guide = slope.flatten(1) if slope.shape == x.shape and not self.single else torch.zeros_like(way[:, 0])
+        foretold = (way @ guide[:, :, None]).squeeze(2)
+        share = (foretold * change).sum(1, keepdim=True) / foretold.square().sum(1, keepdim=True).clamp(min=1e-20)
+        rest = ((change - share * foretold)[:, None] @ way).squeeze(1) / way.square().sum(1).clamp(min=1e-12)
+        return (share * guide + rest).view_as(x)
+
+    def _along(self, x: Tensor, slope: Tensor, turn: int) -> tuple[Tensor, Tensor]:
+        """A change of every feature (B, F), and that of <slope, what the layer sees> (B,)."""
+        low, high = (torch.as_tensor(bound, device=x.device) for bound in self.box)
+        if self.single:
+            way = torch.zeros_like(x)
+            way.flatten(1)[:, turn] = 1
+        else:
+            way = Key.of(turn).uniform(content_ids(x), x).sub_(0.5).sign_()
+        width = self.width * (high - low).clamp(max=1) * way
+        up, down = (x + width).clamp(low, high).to(x.dtype), (x - width).clamp(low, high).to(x.dtype)
+        return (up - down).flatten(1), (slope * (self.seen(up) - self.seen(down))).flatten(1).sum(1)
+
+
 class _Enough(Exception):
     """The layer has been reached."""
 
 
 class _Differences(torch.autograd.Function):
-    """The value of the first argument; its slope, times the derivative of `seen` by differences, for the second."""
+    """The value of the first argument; what `derivative` makes of its slope for the second."""
 
     @staticmethod
-    def forward(ctx: Any, real: Tensor, x: Tensor, seen: Callable[[Tensor], Tensor]) -> Tensor:
+    def forward(ctx: Any, real: Tensor, x: Tensor, derivative: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
         """The layer's own input, bit by bit."""
         ctx.save_for_backward(x)
-        ctx.seen = seen
+        ctx.derivative = derivative
         return real.clone()
 
     @staticmethod
     def backward(ctx: Any, *slopes: Tensor) -> tuple[None, Tensor, None]:
-        """The sum over 3 x 3 neighbors of slope times change, by the width of the change."""
-        (x,), (slope,) = ctx.saved_tensors, slopes
-        total, rows, columns = torch.zeros_like(x), torch.arange(x.shape[2], device=x.device), torch.arange(x.shape[3], device=x.device)
-        for turn in range(_APART**2):
-            mask = ((rows % _APART == turn // _APART)[:, None] & (columns % _APART == turn % _APART)).to(x)
-            up, down = (x + _PROBE * mask).clamp(max=1), (x - _PROBE * mask).clamp(min=0)
-            change = slope * (ctx.seen(up) - ctx.seen(down))
-            near = F.avg_pool2d(change.sum(1, keepdim=True), _APART, 1, _APART // 2, divisor_override=1)
-            total += mask * near / (up - down).amax(1, keepdim=True).clamp(min=1e-6)
-        return None, total, None
+        """The slope goes to x."""
+        (x,) = ctx.saved_tensors
+        return None, ctx.derivative(x, *slopes), None
 
 
 def changed_input(model: nn.Module, x: Tensor) -> str | None:
@@ -185,6 +294,26 @@ def changed_input(model: nn.Module, x: Tensor) -> str | None:
         if (last is None or not torch.equal(z, last[1])) and _correlation(z, x) > ALIKE:
             last = name, z
     return last and last[0]
+
+
+def behind_break(model: nn.Module, x: Tensor) -> str | None:
+    """The first submodule in one look at x (B, ...) whose input differs from sample to sample, and that autograd cannot follow back to x.
+
+    The parameters of the model have to be frozen, as they are inside a `Victim`. None: there is no such submodule.
+    """
+    found: list[str] = []
+
+    def attach(name: str, module: nn.Module) -> RemovableHandle:
+        def look(_module: nn.Module, inputs: Any) -> None:
+            z = inputs[0] if inputs else None
+            if isinstance(z, Tensor) and z.is_floating_point() and not z.requires_grad and z.shape[:1] == x.shape[:1]:
+                found.extend([name] * (len(z) == 1 or not torch.equal(z, z[:1].expand_as(z))))
+
+        return module.register_forward_pre_hook(look, prepend=True)
+
+    with torch.enable_grad():
+        _looked(model, x.detach().clone().requires_grad_(), attach)
+    return found[0] if found else None
 
 
 def _looked(model: nn.Module, x: Tensor, attach: Callable[[str, nn.Module], RemovableHandle]) -> Any:

@@ -7,28 +7,23 @@ substitute. Its value does not matter. `AS_IT_IS` leaves the operation's own der
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from epsball.core.relaxed_book import SHARE, Book, Choice
-from epsball.core.relaxed_call import AS_IT_IS, Call, Shadow, soft
+from epsball.core.relaxed_call import AS_IT_IS, Call, Shadow, reshaped, soft
+from epsball.core.relaxed_choices import bagged, chosen, looked_up, one_hot, ranked, scattered
 from epsball.core.relaxed_layers import INTEGER_LAYERS, integer_layer, integer_sum, singular_values
 
 LEAK = 0.1
 """Share of the gradient that what is masked lets through: far below a threshold the soft mask alone passes next to nothing."""
 
-RIVALS, COOL = 10, 0.3
-"""Runners-up whose mean gap to the best score sets the temperature of a soft choice, and the share of that gap."""
 RISES = {"tanh": ((-1.0, 1.0), (-1.0, 1.0)), "sigmoid": ((-2.0, 2.0), (0.0, 1.0))}
 """Between which inputs they rise, and from which value to which."""
 FLAT, CUT = 10.0, 3.0
 """How far off the middle of the stretch that rises, in halves of it, a sample's mean makes a step of those, and of bounds. At 10 a tanh
 has a slope of 1e-8; bounds have none from 1 on, and every picture has some pixels there."""
-MOST = 4096
-"""Most rows of a table that is looked up by a number, and most labels."""
 
 
 def _carries(value: Any) -> bool:
@@ -144,17 +139,6 @@ def bucket(call: Call) -> Shadow:
     return x * len(bounds) / (bounds[-1] - bounds[0]).abs().clamp_min(1e-12)  # type: ignore[no-any-return]
 
 
-def chosen(call: Call) -> Shadow:
-    """argmax -> sum_k k softmax(x / w)_k."""
-    choice = call.book.choice(call.real)
-    if choice is None:
-        return None
-    call.named(call.name)
-    share = _shares(choice)
-    number = (share * torch.arange(share.shape[-1], dtype=share.dtype, device=share.device)).sum(-1)
-    return number.unsqueeze(choice.dim) if call.real.ndim == choice.source.ndim else number
-
-
 # Operations that pass on what a twin carries.
 
 
@@ -253,131 +237,11 @@ def shifted(call: Call) -> Shadow:
     return call.twin(0) * factor if call.name in ("lshift", "bitwise_left_shift") else call.twin(0) / factor  # type: ignore[no-any-return]
 
 
-def reshaped(call: Call) -> Shadow:
-    """Another shape of a mask: its gap goes along."""
-    gap = call.book.gap(call.args[0])
-    call.gap = None if gap is None else call.function(gap, *call.args[1:], **call.kwargs)
-    return AS_IT_IS
-
-
 def some(call: Call) -> Shadow:
     """any -> the largest, all -> the smallest."""
     reduce = torch.amax if call.name == "any" else torch.amin
     dim = call.raw(1, "dim")
     return reduce(call.twin(0)) if dim is None else reduce(call.twin(0), dim, bool(call.raw(2, "keepdim")))
-
-
-def scattered(call: Call) -> Shadow:
-    """A constant written where a selection points: a mask of what is at least the least chosen."""
-    choice, value, dim = call.book.choice(call.raw(2, "index")), call.raw(3, "src"), call.raw(1, "dim")
-    value = call.kwargs.get("value") if value is None else value
-    if choice is None or call.book.twin(value) is not None or call.real.shape != choice.source.shape or dim % call.real.ndim != choice.dim:
-        return AS_IT_IS
-    source = choice.sign * choice.source
-    gap = source - source.gather(dim, call.raw(2, "index")).amin(dim, keepdim=True)
-    call.named("choice")
-    call.gap = gap.detach()
-    return torch.sigmoid(gap / call.book.width(gap)) * (value if isinstance(value, int | float) else 1.0)
-
-
-def one_hot(call: Call) -> Shadow:
-    """Soft shares of the classes."""
-    call.named("one_hot")
-    return _rows(call.book, call.args[0], call.real.shape[-1])
-
-
-def looked_up(call: Call) -> Shadow:
-    """table[index] and embeddings: the average row under soft shares, of labels the share of each; index[:, :k]: still what was chosen."""
-    index, table = (call.args[0], call.raw(1, "weight")) if call.name == "embedding" else (call.raw(1), call.args[0])
-    if (choice := call.book.choice(table)) is not None:
-        _some_of(call, choice)
-        return AS_IT_IS
-    if call.book.gap(table) is not None:
-        return reshaped(call)
-    if not isinstance(index, Tensor) or soft(index) or index.dtype is torch.bool or call.book.twin(table) is not None:
-        return AS_IT_IS
-    labels = not soft(table) and table.ndim == 1 and len(table) > 0 and int(table.min()) >= 0 and int(table.max()) < MOST
-    if not (labels or soft(table)):
-        return AS_IT_IS
-    share = _rows(call.book, index, len(table))
-    if share is None:
-        return None
-    call.named("lookup")
-    if labels:
-        return _labels(call, share @ torch.nn.functional.one_hot(table.long()).to(share.dtype))
-    mean: Tensor = share.to(table.dtype) @ table.detach().reshape(len(table), -1)
-    return mean.reshape(call.real.shape)
-
-
-def bagged(call: Call) -> Shadow:
-    """Sums and means of rows of a table: of the average rows under soft shares."""
-    index, table, mode = call.args[0], call.raw(1, "weight"), call.kwargs.get("mode", "mean")
-    share = _rows(call.book, index, len(table)) if isinstance(index, Tensor) and index.ndim == 2 and mode in ("sum", "mean") else None
-    if share is None:
-        return None
-    call.named("lookup")
-    rows: Tensor = share.to(table.dtype) @ table.detach()
-    return rows.sum(1) if mode == "sum" else rows.mean(1)
-
-
-def _labels(call: Call, share: Tensor) -> Tensor:
-    """The mean label under the shares (..., labels) of each, which are remembered for whoever asks which label it is."""
-    call.book.choices[id(call.real)] = Choice(call.real, share.clamp_min(1e-12).log(), share.ndim - 1, 1.0, settled=True)
-    return (share * torch.arange(share.shape[-1], dtype=share.dtype, device=share.device)).sum(-1)
-
-
-def _some_of(call: Call, choice: Choice) -> None:
-    """Remembers that the first of sorted indices are a selection, and the last one of the other end."""
-    real, whole, dim = call.real, choice.tensor, choice.dim
-    if not isinstance(real, Tensor) or real.ndim != whole.ndim or real.stride() != whole.stride() or choice.settled:
-        return
-    if any(a != b for k, (a, b) in enumerate(zip(real.shape, whole.shape, strict=True)) if k != dim):
-        return
-    start = (real.storage_offset() - whole.storage_offset()) // max(whole.stride(dim), 1)
-    if start in (0, whole.shape[dim] - real.shape[dim]):
-        call.book.choices[id(real)] = replace(choice, tensor=real, sign=-choice.sign if start else choice.sign)
-
-
-def _rows(book: Book, index: Tensor, n: int) -> Tensor | None:
-    """(..., n) soft shares of n rows: of the scores that were compared, or of the distance to the number."""
-    choice = book.choice(index)
-    if choice is not None and choice.settled and choice.source.shape[-1] <= n:
-        return torch.nn.functional.pad(choice.source.softmax(-1), (0, n - choice.source.shape[-1]))
-    if choice is not None and choice.source.shape[choice.dim] == n:
-        if index.ndim == choice.source.ndim - 1:
-            return _shares(choice)
-        if choice.dim == index.ndim - 1 and index.shape[-1] < n:
-            return _members(choice, index.shape[-1]).unsqueeze(-2).expand(*index.shape, n)
-    number = book.twin(index)
-    if number is None or n > MOST:
-        return None
-    return torch.softmax(-(number[..., None] - torch.arange(n, dtype=number.dtype, device=number.device)).square(), -1)
-
-
-def _members(choice: Choice, k: int) -> Tensor:
-    """(..., n) share of each score among the k best: soft steps at the middle between the last that is in and the first that is out.
-
-    Their width is a share of the best one's distance from there. What decides a vote is who is about to join or to leave, not who is best.
-    """
-    scores = choice.sign * choice.source
-    best = scores.detach().topk(k + 1, -1).values
-    edge = best[..., k - 1 : k + 1].mean(-1, keepdim=True)
-    width = (SHARE * (best[..., :1] - edge)).nan_to_num(nan=0.0, posinf=0.0)
-    inside = torch.sigmoid((scores - edge) / torch.where(width > 0, width, torch.ones_like(width)))
-    return inside / inside.sum(-1, keepdim=True)
-
-
-def _shares(choice: Choice) -> Tensor:
-    """(..., n) softmax of the scores along the axis of the choice, which comes last.
-
-    Its temperature is a share of the mean gap between the best score and the ten next, so that a handful of candidates count, however
-    many there are: on a lookup of the nearest of 3,000 images the spread of all scores made too smooth a choice (26 of 40 samples
-    left standing, 17 so).
-    """
-    scores = (choice.sign * choice.source).movedim(choice.dim, -1)
-    best = scores.detach().topk(min(1 + RIVALS, scores.shape[-1]), -1).values
-    gap = (best[..., :1] - best[..., 1:]).nan_to_num(nan=0.0, posinf=0.0).mean(-1, keepdim=True)
-    return torch.softmax(scores / torch.where(gap > 0, COOL * gap, torch.ones_like(gap)), -1)
 
 
 BREAKS: dict[str, Callable[[Call], Shadow]] = {
@@ -407,6 +271,7 @@ CARRIES: dict[str, Callable[[Call], Shadow]] = {
     **dict.fromkeys(("and", "or", "xor", "invert"), logic),
     **dict.fromkeys(("any", "all"), some),
     **dict.fromkeys(("scatter", "scatter_add"), scattered),
+    **dict.fromkeys(("argsort", "sort"), ranked),
     **dict.fromkeys(("lshift", "rshift", "bitwise_left_shift", "bitwise_right_shift"), shifted),
     "one_hot": one_hot,
     **dict.fromkeys(("embedding", "getitem"), looked_up),
@@ -417,21 +282,3 @@ CARRIES: dict[str, Callable[[Call], Shadow]] = {
     **dict.fromkeys(("permute", "transpose", "movedim", "repeat", "repeat_interleave"), reshaped),
 }
 """The same, where an argument carries what autograd does not see."""
-CHOOSES = {"topk": 2, "sort": 1, "argsort": 1, "max": 1, "min": 1, "argmax": 1, "argmin": 1, "kthvalue": 2}
-"""Operations that give indices -> the place of their axis."""
-
-
-def choose(call: Call) -> None:
-    """Remembers of what a selection gave the indices."""
-    indices = call.real[1] if isinstance(call.real, tuple) and len(call.real) == 2 else call.real
-    source = call.book.twin(call.args[0])
-    if not isinstance(indices, Tensor) or soft(indices) or source is None or not source.is_floating_point():
-        return
-    dim = call.raw(CHOOSES[call.name], "dim")
-    if dim is None and call.name in ("argmax", "argmin", "max", "min"):
-        return
-    rises = call.name in ("sort", "argsort") and not call.raw(2, "descending")
-    small = rises or call.name in ("argmin", "min", "kthvalue") or call.raw(3, "largest") is False
-    if isinstance(dim, int | None):
-        place = (-1 if dim is None else dim) % source.ndim
-        call.book.choices[id(indices)] = Choice(indices, source, place, -1.0 if small else 1.0)

@@ -5,16 +5,19 @@ A model is never shown other values than its own: what autograd loses is compute
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
+from torch.utils.hooks import RemovableHandle
 
 from epsball.core.relaxed_book import Book, following, stand
 from epsball.core.relaxed_call import AS_IT_IS, Call, soft
-from epsball.core.relaxed_rules import BREAKS, CARRIES, CHOOSES, choose
+from epsball.core.relaxed_choices import CHOOSES, choose
+from epsball.core.relaxed_rules import BREAKS, CARRIES
 
 _ATTRIBUTES: tuple[str, ...] = ("T", "mT", "H", "mH", "data", "real", "imag")
 """Attributes of a tensor that are tensors."""
@@ -43,7 +46,7 @@ _RISES: tuple[str, ...] = (
 )
 _RISES += ("detach", "cpu", "clamp", "clip", "clamp_min", "clamp_max", "add", "sub", "mul", "div", "true_divide", "nan_to_num")
 """Operations that keep the order of scores, with positive factors."""
-_QUIET = ("size", "dim", "numel", "stride", "is_contiguous", "is_floating_point", "is_complex", "register_hook", "retain_grad", "")
+_QUIET = ("size", "dim", "numel", "stride", "is_contiguous", "is_floating_point", "is_complex", "retain_grad", "")
 """Questions about tensors, not about values."""
 
 
@@ -59,6 +62,8 @@ class Watch(TorchFunctionMode):
         kwargs, name = kwargs or {}, _spelled(function)
         if not name:
             return function(*args, **kwargs)
+        if name == "register_hook":  # distrusted: it may change the gradient
+            return RemovableHandle(OrderedDict()) if self.book.distrust else function(*args, **kwargs)
         if name in ("requires_grad_", "backward", "grad"):
             return _inner(self.book, name, function, args, kwargs)
         if name in _OUT:

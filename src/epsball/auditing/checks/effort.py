@@ -7,7 +7,8 @@ from typing import Literal
 
 from epsball.attacks import pgd
 from epsball.auditing.checks.scene import Scene
-from epsball.auditing.plan import deeper, deeper_by_chance
+from epsball.auditing.doubted import deeper_by_chance
+from epsball.auditing.plan import deeper
 from epsball.auditing.results import Flag
 from epsball.auditing.statistics import mcnemar
 from epsball.objectives import cross_entropy, margin
