@@ -167,6 +167,14 @@ def test_random_directions_give_the_derivative_in_the_mean_and_the_identity_at_o
     assert torch.allclose(found["identity"], slope(model.net, x)[1].flatten(1), rtol=1e-2, atol=1e-3)
 
 
+def test_directions_are_held_for_some_rows_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = filtered(5)
+    with Victim(model):
+        whole = slope(Shaken(model, "net", (0.0, 1.0), 72, 4), x)[1]
+        monkeypatch.setattr("epsball.core.inside._HELD", 2 * 8 * 72)
+        assert torch.allclose(slope(Shaken(model, "net", (0.0, 1.0), 72, 4), x)[1], whole, rtol=1e-5, atol=1e-6)
+
+
 def test_only_what_autograd_cannot_follow_and_differs_by_sample_is_behind_a_break() -> None:
     model, x = filtered(4)
     with Victim(model):

@@ -564,6 +564,24 @@ def test_a_rank_rises_by_all_places_between_the_least_and_the_largest(ranks: For
     assert torch.allclose(gradient, sign * steep * torch.arange(1.0, 10.0))
 
 
+@pytest.mark.parametrize(
+    ("mask", "soft"),
+    [
+        (lambda x: x.argsort(1).argsort(1) > 5, lambda x: x - x.detach().sort(1).values[:, 5:7].mean(1, keepdim=True)),
+        (lambda x: x.argsort(1, descending=True).argsort(1) < 3, lambda x: x - x.detach().sort(1).values[:, 5:7].mean(1, keepdim=True)),
+        (lambda x: x.sort(1)[1].sort(1)[1].ge(8), lambda x: x - x.detach().sort(1).values[:, 7:].mean(1, keepdim=True)),
+    ],
+)
+def test_a_rank_that_is_compared_has_the_slope_of_its_value(mask: Forward, soft: Forward) -> None:
+    """Equal values, as of black pixels, have many ranks, of which only one is near the threshold."""
+    x = torch.rand(4, 9, generator=torch.Generator().manual_seed(0))
+    x[:, :3] = 0
+    gap = soft(x).abs()
+    width = SHARE * gap.mean(1, keepdim=True)
+    expected = slope(lambda z: torch.sigmoid(soft(z) / width), x)[1]
+    assert torch.allclose(slope(Relaxed(lambda z: mask(z).to(z)), x)[1], expected, rtol=1e-4, atol=1e-5)
+
+
 def test_what_numpy_scales_is_scaled_on_the_way_back() -> None:
     x = inputs()
     relaxed = Relaxed(lambda t: torch.from_numpy(1 - 3 * t.detach().numpy()).flatten(1))

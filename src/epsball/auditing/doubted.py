@@ -53,7 +53,7 @@ def by_directions(threat: Projects, effort: str, twins: tuple[Victim, ...]) -> I
     """Through twins with gradients by random directions: climbs whose memory averages them; through the last where the one before pays."""
     for twin, loss in zip(twins, (margin, cross_entropy, cross_entropy), strict=False):
         pays = PAYS if twin is twins[-1] else 0.0
-        yield Stage(_fading(threat, 2 * STEPS[effort], loss, "shaken"), 2 * STEPS[effort], twin, pays=pays)
+        yield Stage(_fading(threat, 2 * STEPS[effort], loss, "random_directions"), 2 * STEPS[effort], twin, pays=pays)
 
 
 def through_twins(threat: Projects, effort: str, classes: int) -> tuple[Stage, ...]:

@@ -18,6 +18,8 @@ ALIKE = 0.5
 """Least correlation of an input with what a layer sees of it, in the middle of the samples, for that to be the input, changed."""
 _APART, _PROBE = 3, 0.05
 """Pixels between those that are changed at once, and by how much."""
+_HELD = 2**25
+"""Numbers that random directions may take at once."""
 
 
 class _AtLayer(nn.Module):
@@ -234,7 +236,12 @@ class Shaken(_Sensed):
 
     def derivative(self, x: Tensor, slope: Tensor) -> Tensor:
         """(B, ...): what the directions tell, each by the width of the change."""
-        ways, changes = zip(*(self._along(x, slope, turn) for turn in range(self.probes // 2)), strict=True)
+        rows = max(1, _HELD // (self.probes * x[0].numel()))
+        return torch.cat([self._told(*some) for some in zip(torch.split(x, rows), torch.split(slope, rows), strict=True)])
+
+    def _told(self, x: Tensor, slope: Tensor) -> Tensor:
+        ids = content_ids(x)
+        ways, changes = zip(*(self._along(x, ids, slope, turn) for turn in range(self.probes // 2)), strict=True)
         way, change = torch.stack(ways, 1), torch.stack(changes, 1)
         guide = slope.flatten(1) if slope.shape == x.shape and not self.single else torch.zeros_like(way[:, 0])
         foretold = (way @ guide[:, :, None]).squeeze(2)
@@ -242,14 +249,14 @@ class Shaken(_Sensed):
         rest = ((change - share * foretold)[:, None] @ way).squeeze(1) / way.square().sum(1).clamp(min=1e-12)
         return (share * guide + rest).view_as(x)
 
-    def _along(self, x: Tensor, slope: Tensor, turn: int) -> tuple[Tensor, Tensor]:
+    def _along(self, x: Tensor, ids: Tensor, slope: Tensor, turn: int) -> tuple[Tensor, Tensor]:
         """A change of every feature (B, F), and that of <slope, what the layer sees> (B,)."""
         low, high = (torch.as_tensor(bound, device=x.device) for bound in self.box)
         if self.single:
             way = torch.zeros_like(x)
             way.flatten(1)[:, turn] = 1
         else:
-            way = Key.of(turn).uniform(content_ids(x), x).sub_(0.5).sign_()
+            way = Key.of(turn).uniform(ids, x).sub_(0.5).sign_()
         width = self.width * (high - low).clamp(max=1) * way
         up, down = (x + width).clamp(low, high).to(x.dtype), (x - width).clamp(low, high).to(x.dtype)
         return (up - down).flatten(1), (slope * (self.seen(up) - self.seen(down))).flatten(1).sum(1)

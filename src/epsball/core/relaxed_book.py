@@ -101,6 +101,7 @@ class Book:
         self.entries: dict[int, Entry] = {}
         self.gaps: dict[int, tuple[Tensor, Tensor]] = {}
         self.choices: dict[int, Choice] = {}
+        self.places: dict[int, Choice] = {}
         self.squashed: dict[int, tuple[Tensor, Tensor, str]] = {}
         self.exits: list[Tensor] = []
         self.leaves: list[Tensor] = []
@@ -145,6 +146,10 @@ class Book:
     def choice(self, tensor: Any) -> Choice | None:
         """Of what the tensor holds the indices."""
         return self.choices.get(id(tensor))
+
+    def ranked(self, tensor: Any) -> Choice | None:
+        """Whose ranks the tensor holds, rising with `source`."""
+        return self.places.get(id(tensor))
 
     # Softness, always by sample: no neighbor in the batch may change a sample's gradient.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import torch
@@ -33,8 +34,23 @@ def ranked(call: Call) -> Shadow:
     if choice is None or not _all_chosen(choice):
         return AS_IT_IS
     call.named("ranks")
-    places = _ranks(choice) * (-1.0 if call.raw(2, "descending") else 1.0)
+    down = -1.0 if call.raw(2, "descending") else 1.0
+    real = call.real[1] if call.name == "sort" else call.real
+    call.book.places[id(real)] = Choice(real, -down * choice.sign * choice.source, choice.dim, 1.0)
+    places = _ranks(choice) * down
     return (call.real[0], places) if call.name == "sort" else places
+
+
+def beyond(places: Choice, number: float, within: bool) -> Tensor:
+    """By how much each value lies above those between which that rank divides them, itself `within` the upper ones or not.
+
+    Ranks know no distance, and equal values have many.
+    """
+    source, last = places.source, places.source.shape[places.dim] - 1
+    ordered, above = source.detach().sort(places.dim).values, math.ceil(number) if within else math.floor(number) + 1
+    ends = (ordered.narrow(places.dim, min(max(place, 0), last), 1) for place in (above - 1, above))
+    gap: Tensor = source - sum(ends) / 2
+    return gap
 
 
 def _all_chosen(choice: Choice) -> bool:

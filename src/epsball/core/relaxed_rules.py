@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from epsball.core.relaxed_call import AS_IT_IS, Call, Shadow, reshaped, soft
-from epsball.core.relaxed_choices import bagged, chosen, looked_up, one_hot, ranked, scattered
+from epsball.core.relaxed_choices import bagged, beyond, chosen, looked_up, one_hot, ranked, scattered
 from epsball.core.relaxed_layers import INTEGER_LAYERS, integer_layer, integer_sum, singular_values
 
 LEAK = 0.1
@@ -103,11 +103,19 @@ def _stretch(call: Call) -> tuple[tuple[float, float], tuple[float, float]] | No
 
 
 def compare(call: Call) -> Shadow:
-    """a > b -> sigmoid((a - b) / w); a == b -> a bump of height 1, or half of one where a sample's a never passes b, as at a maximum."""
+    """a > b -> sigmoid((a - b) / w), where a are ranks of their values; a == b -> a bump of height 1.
+
+    Of half the height where a sample's a never passes b, as at a maximum.
+    """
     a, b = call.twin(0), call.twin(1)
     if not isinstance(a, Tensor) and not isinstance(b, Tensor):
         return None
-    gap = b - a if call.name in ("lt", "le", "less", "less_equal") else a - b
+    places, number = call.book.ranked(call.raw(0)), call.raw(1, "other")
+    falls = call.name in ("lt", "le", "less", "less_equal")
+    if places is not None and isinstance(number, int | float) and call.name not in ("eq", "ne"):
+        upper = call.name in ("lt", "less", "ge", "greater_equal")
+        a, b = beyond(places, number, upper), torch.zeros((), dtype=places.source.dtype, device=places.source.device)
+    gap = b - a if falls else a - b
     if not gap.is_floating_point():
         return None
     call.named("compare")
