@@ -343,6 +343,25 @@ def test_random_models_are_searched_from_vertex_to_vertex_under_l1() -> None:
     assert [(s.rows, s.victim.draws if s.victim else 0, s.keep) for s in stages] == [(50, 5, True)] * 2 + [(20, 1, True)] * 10
 
 
+@pytest.mark.parametrize("threat", ["patch:2", "rigid:0.3", "color:0.1", "flow:0.5"])
+def test_random_models_are_searched_by_what_a_threat_has_of_its_own(threat: str) -> None:
+    data, shown = digits(64), {}
+    for name, model in (("random", eb.wrap(Around(HIDDEN["random"][0]))), ("plain", eb.load_model("digits-standard"))):
+        subject = Subject(model, data.x, data.y, data.indices, "digits", {})
+        sheet, _ = prepare(subject, Plan((parse_threat(threat),), "fast"))
+        shown[name] = stages_of(sheet, sheet.rounds[0], "fast")
+    climbs, own = shown["random"][:3], shown["random"][3:]
+    assert {s.attack.name for s in climbs} == {"eot"}
+    assert [(repr(s.attack), s.rows, s.keep, s.victim and s.victim.draws) for s in own] == [
+        (repr(s.attack), 5 * s.rows, True, 5) for s in shown["plain"]
+    ]
+
+
+def test_a_patch_breaks_a_random_model_as_it_breaks_the_model_inside(tmp_path: Path) -> None:
+    hidden, bare = audited(Around(HIDDEN["random"][0]), tmp_path / "a", "patch:3"), audited("digits-standard", tmp_path / "b", "patch:3")
+    assert hidden.results[0].value <= bare.results[0].value + 6 / 64
+
+
 class Coin(nn.Module):
     """Class 0 with probability `share`, else class 1."""
 

@@ -51,8 +51,8 @@ def stages_of(sheet: Sheet, current: Round, effort: str) -> tuple[Stage, ...]:
         names, blind = {stage.attack.name for stage in known}, beside(threat, model.access, effort, sheet.queries)
         return (*known, *shaken, *(replace(stage, beyond=False) for stage in blind if stage.attack.name not in names))
     if sight.bare is not None:
-        own = by_chance(threat, effort, model, sight.victim.draws) if sight.own else ()
-        other = by_chance(threat, effort, sight.bare, sight.victim.draws) if sight.bare is not model else ()
+        own = by_chance(threat, effort, model, sight.victim.draws, known) if sight.own else ()
+        other = by_chance(threat, effort, sight.bare, sight.victim.draws, known) if sight.bare is not model else ()
         return (*own, *(replace(s, beyond=True) for s in other[: 2 if own else None]))
     stages = list(known) if sight.own else []
     if sight.victim is not model:

@@ -7,7 +7,7 @@ from typing import Literal
 
 from epsball.attacks import pgd
 from epsball.auditing.checks.scene import Scene
-from epsball.auditing.doubted import deeper_by_chance
+from epsball.auditing.doubted import NORMS, deeper_by_chance
 from epsball.auditing.plan import deeper
 from epsball.auditing.results import Flag
 from epsball.auditing.statistics import mcnemar
@@ -60,7 +60,7 @@ def effort_suffices(scene: Scene, effort: str) -> Iterator[Flag]:
     sheet, current, rows = scene.sheet, scene.current, scene.few()
     if not len(rows):
         return
-    if sheet.sight.random:
+    if sheet.sight.random and isinstance(scene.threat, NORMS):
         attack = deeper_by_chance(scene.threat, effort)
     else:
         attack = deeper(scene.threat, effort, classes=sheet.clean.shape[1], single_label=scene.single)
