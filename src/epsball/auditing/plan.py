@@ -136,10 +136,10 @@ def plan(threat: Projects, effort: str, *, classes: int, single_label: bool, gra
     if isinstance(threat, L0):
         return (*stages, *_pixels(threat, effort))
     if isinstance(threat, Rigid):
-        return (*stages, _grid(threat, level), anew(threat, effort, (1, 3, 5)[level], margin))
+        return (*stages, _grid(threat, level), from_starts(threat, effort, (1, 3, 5)[level], margin))
     if isinstance(threat, Linf | L2 | L1):
         return (*stages, *_norms(threat, effort, classes if aimed else 0))
-    return (*stages, _variable(threat, steps_of(threat, effort), (5, 9, 9)[level], classes if aimed else 0), anew(threat, effort, 1))
+    return (*stages, _variable(threat, steps_of(threat, effort), (5, 9, 9)[level], classes if aimed else 0), from_starts(threat, effort, 1))
 
 
 def black_box(threat: Projects, access: Access, queries: int) -> tuple[Stage, ...]:
@@ -157,7 +157,7 @@ def beside(threat: Projects, access: Access, effort: str, queries: int) -> Itera
             yield replace(longer[number], beyond=True, pays=PAYS)
 
 
-def anew(threat: Projects, effort: str, restarts: int, objective: Objective = cross_entropy) -> Stage:
+def from_starts(threat: Projects, effort: str, restarts: int, objective: Objective = cross_entropy) -> Stage:
     """APGD from so many starts."""
     steps = steps_of(threat, effort)
     return Stage(apgd(steps, restarts, threat=threat, objective=objective), steps * restarts)
@@ -184,7 +184,7 @@ def _squares(threat: Patch, effort: str, gradients: bool) -> tuple[Stage, ...]:
     if not gradients:
         return (paint,)
     short = Stage(apgd(10, restarts, threat=threat, objective=margin), 10 * restarts)
-    return paint, short, anew(threat, effort, (1, 3, 5)[level])
+    return paint, short, from_starts(threat, effort, (1, 3, 5)[level])
 
 
 def _grid(threat: Rigid, level: int) -> Stage:
@@ -311,8 +311,8 @@ def _long(threat: Projects, classes: int) -> Iterator[Stage]:
     steps = steps_of(threat, "max")
     yield _walks(threat, 160, 5, far=20, rounds=4)
     yield at_nearest(threat, steps, 3, 9, classes)
-    yield anew(threat, "max", 3, margin)
-    yield anew(threat, "max", 3)
+    yield from_starts(threat, "max", 3, margin)
+    yield from_starts(threat, "max", 3)
     if classes:
         yield Stage(apgd_dlr(steps, 3, threat=threat), 3 * steps)
 

@@ -60,7 +60,8 @@ class Sight:
         bare: of a random model, `victim` without its averaging.
         judges: draws of a ruling; more than 1 for a random model. hidden: steps of the model that have no useful derivative.
         rough: gradients jump, so smoothed ones are tried as well. dead: no gradient is to be had anywhere. blind: for some samples
-            none is, whichever way the model is looked at. straight: a twin that goes past what changes the input, where there is doubt.
+            none is, whichever way the model is looked at. straight: where there is doubt, a twin that goes past what changes
+            the input, or by a network inside.
             shaken: twins with a derivative by differences in random directions (`WAYS`), where no other tells how scores change.
     """
 
@@ -134,10 +135,10 @@ def react(bench: Bench, findings: list[Finding], effort: str, seed: int) -> tupl
     if message:
         message += " Their mean over neighborhoods was followed as well, and searches without gradients ran."
         sight, findings = replace(sight, rough=True), [*findings, Finding(id="rough", status="note", message=message)]
-    return (sight, findings) if faults & {"batch", "state"} else _beside(bench, sight, findings, seed)
+    return (sight, findings) if faults & {"batch", "state"} else _past_layers(bench, sight, findings, seed)
 
 
-def _beside(bench: Bench, sight: Sight, findings: list[Finding], seed: int) -> tuple[Sight, list[Finding]]:
+def _past_layers(bench: Bench, sight: Sight, findings: list[Finding], seed: int) -> tuple[Sight, list[Finding]]:
     """Where gradients are in doubt or dead: ways past what comes before a layer, beside or in the place of others."""
     if sight.doubted and sight.hidden != (STRAIGHT,):
         sight = replace(sight, straight=_straight(bench) or _part(replace(bench, victim=sight.victim), bench.victim, seed))
@@ -163,18 +164,16 @@ def _shaken(bench: Bench, others: list[Victim], seed: int) -> tuple[Victim, ...]
     rows, victim, model = _fine(bench), bench.victim, _opened(bench.victim)
     if model is None or not len(rows) or any(truth(replace(bench, victim=way), seed, REACH) >= TOLD for way in others):
         return ()
-    x, twins = bench.x[rows], []
+    x = bench.x[rows]
     try:
         with victim:
             layer = behind_break(model, x)
         if layer is None:
             return ()
-        for count, width in WAYS:
-            twin = victim.twin(within := Shaken(model, layer, victim.box, x[0].numel(), count, width))
-            twin.probes = within.probes
-            twins.append(twin)
-        alive = bool(slopes(twins[1], x, bench.goal.take(rows), margin).any())
-        return tuple(twins) if alive and truth(replace(bench, victim=twins[1]), seed, REACH) >= SHAKEN else ()
+        wide, few, many = (_within(victim, Shaken(model, layer, victim.box, x[0].numel(), count, width)) for count, width in WAYS)
+        # Wide changes say little of the short ways on which truth is measured.
+        tells = _reaches(bench, few) and truth(replace(bench, victim=few), seed, REACH) >= SHAKEN
+        return (wide, few, many) if tells else ()
     except Exception:  # what raises here is the business of other checks
         return ()
 
@@ -194,10 +193,8 @@ def _straight(bench: Bench) -> Victim | None:
         if layer is None:
             return None
         image = x.ndim == 4 and not any(isinstance(end, Tensor) for end in victim.box) and victim.box == (0.0, 1.0)
-        within = (Probed if image else Straight)(model, layer)
-        twin = victim.twin(within)
-        twin.probes = within.probes
-        return twin if bool(slopes(twin, x, bench.goal.take(rows), margin).any()) else None
+        twin = _within(victim, (Probed if image else Straight)(model, layer))
+        return twin if _reaches(bench, twin) else None
     except Exception:  # what raises here is the business of other checks
         return None
 
@@ -211,16 +208,13 @@ def _part(bench: Bench, own: Victim, seed: int) -> Victim | None:
     rows, model = _fine(bench), _opened(own)
     if model is None or not len(rows) or not isinstance(bench.goal, Untargeted) or (told := truth(bench, seed, REACH)) >= FAR:
         return None
-    x, goal, best = bench.x[rows], bench.goal.take(rows), bench.output[rows].argmax(1)
     try:
         with own, torch.no_grad():
-            alike = [name for name, scores in parts(model, x).items() if _share(scores.argmax(1) == best) >= SAME_CLASS]
+            alike = _same_class(parts(model, bench.x[rows]), bench.output[rows])
         if not alike:
             return None
-        twin = own.twin(Part(model, alike[0]))
-        twin.probes = Part.probes
-        alive = bool(slopes(twin, x, goal, margin).any())
-        return twin if alive and truth(replace(bench, victim=twin), seed, REACH) > told else None
+        twin = _within(own, Part(model, alike[0]))
+        return twin if _reaches(bench, twin) and truth(replace(bench, victim=twin), seed, REACH) > told else None
     except Exception:  # what raises here is the business of other checks
         return None
 
@@ -267,10 +261,10 @@ def _turned(bench: Bench, sight: Sight, findings: list[Finding]) -> tuple[Sight,
     rows, victim, model = _fine(bench), bench.victim, _opened(bench.victim)
     if model is None or not len(rows) or not isinstance(bench.goal, Untargeted):
         return sight, findings
-    x, goal, best = bench.x[rows], bench.goal.take(rows), bench.output[rows].argmax(1)
+    x, goal = bench.x[rows], bench.goal.take(rows)
     try:
         with victim, torch.no_grad():
-            layers = [name for name, scores in score_layers(model, x).items() if _share(scores.argmax(1) == best) >= SAME_CLASS]
+            layers = _same_class(score_layers(model, x), bench.output[rows])
         if not layers:
             return sight, findings
         own = slopes(victim, x, goal, margin).flatten(1).double()
@@ -290,6 +284,24 @@ def _turned(bench: Bench, sight: Sight, findings: list[Finding]) -> tuple[Sight,
 def _opened(victim: Victim) -> nn.Module | None:
     """The module whose layers can be looked at with any batch; None where there is none, or something stands before it."""
     return victim.model if isinstance(victim.model, nn.Module) and victim.lens is None and not victim.fixed_batch else None
+
+
+def _within(victim: Victim, model: Straight | Part) -> Victim:
+    """A twin whose looks with a gradient book the model's probes."""
+    twin = victim.twin(model)
+    twin.probes = model.probes
+    return twin
+
+
+def _reaches(bench: Bench, twin: Victim) -> bool:
+    """Whether a gradient of the twin reaches some sample that is right."""
+    rows = _fine(bench)
+    return bool(slopes(twin, bench.x[rows], bench.goal.take(rows), margin).any())
+
+
+def _same_class(scores: dict[str, Tensor], own: Tensor) -> list[str]:
+    """Names of those scores (B, C) whose best class is mostly that of `own` (B, C)."""
+    return [name for name, one in scores.items() if _share(one.argmax(1) == own.argmax(1)) >= SAME_CLASS]
 
 
 def _share(those: Tensor) -> float:

@@ -103,9 +103,9 @@ def _stretch(call: Call) -> tuple[tuple[float, float], tuple[float, float]] | No
 
 
 def compare(call: Call) -> Shadow:
-    """a > b -> sigmoid((a - b) / w), where a are ranks of their values; a == b -> a bump of height 1.
+    """a > b -> sigmoid((a - b) / w); a == b -> a bump of height 1, or half of one where a sample's a never passes b, as at a maximum.
 
-    Of half the height where a sample's a never passes b, as at a maximum.
+    A rank that is compared with a number: the value that has it, with those of the ranks next to the number.
     """
     a, b = call.twin(0), call.twin(1)
     if not isinstance(a, Tensor) and not isinstance(b, Tensor):
