@@ -11,11 +11,11 @@ import torch
 from lawkit import answers, bench, check_legal, check_nested, check_replay, radius_of
 from torch import Tensor
 
-from epsball.attacks import Cascade, EveryTarget, Restarts, SmallestRadius, by_logit, get, malt, outside_in
+from epsball.attacks import Cascade, EveryTarget, Restarts, SmallestRadius, by_logit, get, malt, outside_in, vertices
 from epsball.core import Attack, Key, Outcome, Tally, Targeted, Victim, as_goal, content_ids, valid
 from epsball.errors import BadInput
-from epsball.objectives import dlr_targeted, margin
-from epsball.threats import Linf, named
+from epsball.objectives import cross_entropy, dlr_targeted, margin
+from epsball.threats import L1, Linf, named
 
 
 @dataclass(frozen=True)
@@ -57,6 +57,9 @@ LABELS = torch.zeros(4, dtype=torch.int64)
 
 def model(x: Tensor) -> Tensor:
     return torch.stack([torch.ones(len(x)), torch.zeros(len(x)), torch.full((len(x),), -1.0)], 1) * x.sum(1, keepdim=True)
+
+
+SPARSE = L1()
 
 
 def heard(log: list[Any]) -> list[list[float]]:
@@ -135,6 +138,7 @@ def test_runs_side_by_side_find_what_runs_in_turn_find(threat: str, wide: int, m
     for make in (
         lambda abreast: Restarts(inner, 3, abreast=abreast),
         lambda abreast: Restarts(walk, 3, first=2, abreast=abreast),
+        lambda abreast: Restarts((inner, replace(inner, objective=cross_entropy)), 3, first=1, abreast=abreast),
         lambda abreast: EveryTarget(inner, 3, malt, abreast=abreast),
         lambda abreast: Restarts(EveryTarget(inner, 2, by_logit, abreast=abreast), 3, abreast=abreast),
     ):
@@ -147,6 +151,29 @@ def test_runs_side_by_side_find_what_runs_in_turn_find(threat: str, wide: int, m
             assert torch.equal(Victim.of(b.model).outputs(side.x_adv, Tally.zeros(12)).argmax(1) != b.labels, turn.reached)
             assert torch.equal(side.queries[stood], turn.queries[stood])
             assert torch.equal(side.backwards[stood], turn.backwards[stood])
+
+
+def test_several_attacks_take_turns() -> None:
+    """Run after run is the next one's, whether they differ in their losses or in numbers; side by side as alone."""
+    b, radius = bench(4, n=12), 0.3 * radius_of("l1")
+    near, far = (vertices(6, SPARSE, loss, (budgets, budgets)) for loss, budgets in ((margin, 2.0), (cross_entropy, 9.0)))
+    alone = [Restarts(one, 1, first=run)(b.model, b.x, b.labels, radius, 3, drop=False) for run, one in ((4, near), (5, far), (6, near))]
+    for abreast in (None, True, torch.full((12,), 3)):
+        both = Restarts((near, far), 3, first=4, abreast=abreast)(b.model, b.x, b.labels, radius, 3, drop=False)
+        assert torch.equal(both.reached, torch.stack([one.reached for one in alone]).any(0))
+        assert torch.equal(both.backwards, sum((one.backwards for one in alone), torch.zeros(12, dtype=torch.int64)))
+        for row in both.reached[2:].nonzero().squeeze(1) + 2:
+            first = next(one for one in alone if one.reached[row])
+            assert torch.equal(both.x_adv[row], first.x_adv[row])
+    assert 0 < int(both.reached[2:].sum()) < 10
+    assert len({tuple(one.reached.tolist()) for one in alone}) > 1
+
+
+@pytest.mark.parametrize("other", [vertices(7, SPARSE), outside_in(6, SPARSE), get("apgd", steps=6), vertices(6)])
+def test_attacks_that_differ_in_more_do_not_go_side_by_side(other: Any) -> None:
+    b = bench(4, n=4)
+    with pytest.raises(BadInput, match="or a Cascade"):
+        Restarts((vertices(6, SPARSE), other), 2, abreast=True)(b.model, b.x, b.labels, 0.1, 3)
 
 
 def test_the_first_success_of_runs_side_by_side_ends_the_others() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -26,7 +26,7 @@ from epsball.auditing.plan import CLOSE, EFFORTS, Stage, default_threats, plan, 
 from epsball.auditing.results import AttackRow, Flag, Report
 from epsball.auditing.run import Plan, prepare
 from epsball.auditing.sheet import Subject
-from epsball.core import Attack, AttackLike
+from epsball.core import Aimed, Attack, AttackLike
 from epsball.errors import BadInput
 from epsball.models import wrap
 from epsball.models.digits import load
@@ -460,8 +460,8 @@ def test_without_rows_left_those_that_came_very_near_get_one_walk() -> None:
 
 def test_under_linf_restarts_climb_two_losses_and_every_class_has_to_pay() -> None:
     stages = plan(named("linf"), "default", classes=10, single_label=True, gradients=True)
-    climbs = [stage.attack.attack for stage in stages if isinstance(stage.attack, Restarts) and stage.attack.name == "apgd"]
-    assert [inner.objective for inner in climbs if isinstance(inner, Attack)] == [margin, cross_entropy]
+    (climbs,) = (stage.attack for stage in stages if isinstance(stage.attack, Restarts) and stage.attack.name == "apgd")
+    assert [inner.objective for inner in climbs.attacks if isinstance(inner, Attack)] == [margin, cross_entropy]
     assert [place for place, stage in enumerate(stages) if stage.pays] == [len(stages) - 1]
 
 
@@ -484,9 +484,9 @@ def test_under_l1_there_are_runs_from_small_and_large_balls_on_several_losses(si
     """DLR ranks the classes of one label; elsewhere the margin stands in."""
     kinds = set()
     for stage in plan(named("l1"), "default", classes=10, single_label=single, gradients=True):
-        inner = stage.attack.attack if isinstance(stage.attack, Restarts) else stage.attack
-        if isinstance(inner, Attack) and isinstance(inner.strategy, Vertices) and inner.steps == 20:
-            kinds.add((inner.strategy.first, inner.objective))
+        for inner in stage.attack.attacks if isinstance(stage.attack, Restarts) else ():
+            if isinstance(inner, Attack) and isinstance(inner.strategy, Vertices) and inner.steps == 20:
+                kinds.add((inner.strategy.first, inner.objective))
     turn = {((3.0, 3.0), dlr if single else margin), ((3.0, 3.0), cross_entropy), ((60.0, 60.0), margin), ((30.0, 30.0), cross_entropy)}
     assert turn <= kinds
 
@@ -495,7 +495,7 @@ def test_under_l1_there_are_runs_from_small_and_large_balls_on_several_losses(si
 def test_one_walk_shows_whether_more_pay_and_those_whether_still_more(norm: str, times: int) -> None:
     """And none begins where another did."""
     stages = plan(named(norm), "default", classes=10, single_label=True, gradients=True)
-    more = [place for place, stage in enumerate(stages) if stage.pays]
+    more = [place for place, stage in enumerate(stages) if stage.pays and stage.attack.name == "outside_in"]
     assert more == list(range(more[0], more[0] + times))
     assert [stage.attack.name for stage in stages[more[0] - 1 : more[-1] + 1]] == ["outside_in"] * (times + 1)
     numbers = []
@@ -511,11 +511,13 @@ def test_under_l1_rows_that_are_left_go_to_all_that_stand(single: bool) -> None:
     stages = plan(named("l1"), "default", classes=10, single_label=single, gradients=True)
     assert [stage.attack.name for stage in stages if isinstance(stage.attack, EveryTarget)] == ["vertices_t"] * single
     first = next(place for place, stage in enumerate(stages) if stage.fill)
-    near, *rest = stages[first:]
-    assert near.nearer is not None
-    assert isinstance(near.attack, Restarts)
-    assert (near.near < 1, near.nearer[0] < near.near, near.nearer[1] < near.attack.count) == (True, True, True)
-    assert all(stage.fill > 0 and stage.near == 1 for stage in rest if not stage.from_closest)
+    aimed, others, *rest = stages[first:]
+    assert (aimed.at_rival, others.at_rival) == (single, False)
+    for near in (aimed, others):
+        assert near.nearer is not None
+        assert isinstance(near.attack, Restarts)
+        assert (near.near < 1, near.nearer[0] < near.near, near.nearer[1] < near.attack.count) == (True, True, True)
+    assert all((stage.fill > 0) != (stage.pays > 0) and stage.near == 1 for stage in rest if not stage.from_closest)
 
 
 @pytest.mark.parametrize("effort", EFFORTS)
@@ -587,19 +589,52 @@ def test_where_searches_came_closest_is_kept_under_l1() -> None:
     rows = torch.tensor(sorted(hits.closest))
     points, goal = torch.stack([hits.closest[row][1] for row in rows.tolist()]), sheet.subject.goal.take(rows)
     answers = sheet.subject.victim.outputs(points, eb.core.Tally.zeros(len(rows)))
-    now, clean = (gap(output.double(), goal) for output in (answers, sheet.clean[rows]))
+    (now, rivals), (clean, _) = (gap(output.double(), goal) for output in (answers, sheet.clean[rows]))
+    assert hits.rival[rows].tolist() == rivals.tolist()
     assert [hits.closest[row][0] for row in rows.tolist()] == pytest.approx((now / clean).tolist())
 
 
-@pytest.mark.parametrize(("spent", "runs"), [(0, 3), (100, 3), (101, 2), (140, 1), (141, None), (999, None)])
-def test_a_stage_that_fills_runs_as_often_as_fits(spent: int, runs: int | None) -> None:
-    """160 rows are left at first; a run of the 4 that are searched takes 5 rows each."""
+@pytest.mark.parametrize(
+    ("spent", "runs"),
+    [(0, [3, 3, 3, 3]), (100, [3, 3, 3, 3]), (101, [3, 2, 3, 3]), (140, [1, 1, 1, 1]), (149, [0, 0, 1, 1]), (156, None), (999, None)],
+)
+def test_a_stage_that_fills_runs_as_often_as_fits(spent: int, runs: list[int] | None) -> None:
+    """160 rows are left at first; a run of one of the 4 that are searched takes 5 rows. The last runs are for those that came nearest."""
     stage = Stage(Restarts(eb.attacks.pgd(steps=5), 3, abreast=True), 15, fill=5)
-    attack = stage.suited(torch.zeros(4, dtype=torch.float64), 160 - spent)
+    attack = stage.suited(torch.tensor([0.3, 0.4, 0.1, 0.2], dtype=torch.float64), 160 - spent)
     assert (attack is None) is (runs is None)
     if isinstance(attack, Restarts):
         assert isinstance(attack.abreast, torch.Tensor)
-        assert attack.abreast.tolist() == [runs] * 4
+        assert attack.abreast.tolist() == runs
+
+
+def test_a_stage_at_rivals_aims_at_the_class_that_came_nearest() -> None:
+    """Of one class's samples, half of them at another class each; who came no nearer than the clean input is left out."""
+    data, specs = digits(60), (parse_threat("linf:0.02"),)
+    sheet, referee = prepare(Subject(wrap(load("digits-robust")), data.x, data.y, data.indices, "digits", {}), Plan(specs, "fast"))
+    (current,), hits = sheet.rounds, sheet.hits["linf"]
+    goals: list[Any] = []
+
+    @dataclass(frozen=True)
+    class Heard:
+        attack: AttackLike
+        name: str = "heard"
+        threat: Any = None
+
+        def __call__(self, model: Any, x: torch.Tensor, goal: Any, *rest: Any, **options: Any) -> Any:
+            goals.append(goal)
+            return self.attack(model, x, goal, *rest, **options)
+
+    search = Heard(eb.attacks.pgd(2, threat=named("linf")))
+    attack_round(sheet, referee, current, Stage(search, 2, at_rival=True), 0, True, lambda *_: None)
+    assert goals == []
+    rows = sheet.standing("linf", 0.02).nonzero().squeeze(1)[:5]
+    hits.near[rows], hits.rival[rows] = 0.5, (data.y[rows] + torch.arange(1, 6)) % 10
+    asked = hits.rival[rows].tolist()
+    attack_round(sheet, referee, current, Stage(search, 2, at_rival=True), 0, True, lambda *_: None)
+    (goal,) = goals
+    assert isinstance(goal, Aimed)
+    assert (goal.labels.tolist(), goal.targets.tolist()) == (data.y[rows].tolist(), asked)
 
 
 def test_under_l2_rows_that_are_left_go_to_another_loss() -> None:
@@ -608,12 +643,12 @@ def test_under_l2_rows_that_are_left_go_to_another_loss() -> None:
     assert isinstance(last.attack.attack, Attack)
     assert last.attack.attack.objective is dlr_targeted
     near = torch.full((4,), 0.2, dtype=torch.float64)
-    for runs, left in ((2, 8 * last.fill), (1, 7 * last.fill)):
+    for runs, left in (([2] * 4, 8 * last.fill), ([2, 2, 2, 1], 7 * last.fill), ([1, 1, 1, 0], 3 * last.fill)):
         attack = last.suited(near, left)
         assert isinstance(attack, EveryTarget)
         assert isinstance(attack.abreast, torch.Tensor)
-        assert attack.abreast.tolist() == [runs] * 4
-    assert last.suited(near, 3 * last.fill) is None
+        assert attack.abreast.tolist() == runs
+    assert last.suited(near, last.fill - 1) is None
     *_, other = plan(named("l2"), "default", classes=10, single_label=False, gradients=True)
     assert not isinstance(other.attack, EveryTarget)
 
@@ -641,7 +676,8 @@ def test_no_search_looks_more_often_than_its_stage_says(norm: str, effort: str) 
     for stage in plan(named(norm), effort, classes=10, single_label=True, gradients=True):
         attack, runs = stage.attack, 1
         while isinstance(attack, Restarts | EveryTarget):
-            attack, runs = attack.attack, runs * attack.count
+            inner = attack.attacks[0] if isinstance(attack, Restarts) else attack.attack  # of several all have the same steps
+            attack, runs = inner, runs * attack.count
         assert isinstance(attack, Attack | OutsideIn)
         looks = attack.steps + (attack.far.attack.steps * (attack.far.rounds + 1) if isinstance(attack, OutsideIn) else 0)
         assert attack.name == "noise" or runs * looks <= stage.rows, attack

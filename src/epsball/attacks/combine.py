@@ -8,7 +8,23 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from epsball.core import Aimed, AttackLike, Drop, Goal, Key, Model, Outcome, Projects, Tally, Untargeted, Victim, Watch, as_goal, valid
+from epsball.attacks.joined import joined
+from epsball.core import (
+    Aimed,
+    AttackLike,
+    Drop,
+    Goal,
+    Key,
+    Model,
+    Outcome,
+    Projects,
+    Tally,
+    Untargeted,
+    Victim,
+    Watch,
+    as_goal,
+    valid,
+)
 from epsball.core.attack import check_inputs, check_labels, recipe
 from epsball.core.problem import ends
 from epsball.core.rows import moved, take
@@ -109,42 +125,65 @@ Abreast = bool | Tensor | None
 """Whether runs of one attack go side by side; (B,) whole numbers: they do, and each sample gets only so many of them."""
 
 
-def _repeated(case: Case, attack: AttackLike, turn: Turn, runs: range, abreast: Abreast, drop: bool, watch: Watch | None) -> Outcome:
-    """Runs of one attack in turn, or side by side: the same successes, in fewer and larger batches."""
+def _repeated(
+    case: Case, attack: Callable[[Tensor], AttackLike], turn: Turn, runs: range, abreast: Abreast, drop: bool, watch: Watch | None
+) -> Outcome:
+    """Runs in turn, or side by side: the same successes, in fewer and larger batches. `attack` says what runs of these numbers (R,) run."""
     if isinstance(abreast, Tensor) or abreast:
         counts = abreast.to(case.x.device) if isinstance(abreast, Tensor) else torch.full((len(case.x),), len(runs), device=case.x.device)
-        return _abreast(case, attack, turn, runs, counts, drop, watch)
+        return _abreast(case, attack, turn, runs, counts.clamp(max=len(runs)), drop, watch)
 
     def stage(number: int) -> Stage:
-        return lambda c, rows: turn(c, rows, torch.full_like(rows, number)).run(attack, drop, watch)
+        def ran(c: Case, rows: Tensor) -> Outcome:
+            numbers = torch.full_like(rows, number)
+            return turn(c, rows, numbers).run(attack(numbers), drop, watch)
 
-    return _union(case, attack.threat.within(case.victim.box), [stage(number) for number in runs], len(runs), drop)
+        return ran
+
+    return _union(
+        case, attack(torch.tensor([runs.start])).threat.within(case.victim.box), [stage(number) for number in runs], len(runs), drop
+    )
 
 
-def _abreast(case: Case, attack: AttackLike, turn: Turn, runs: range, counts: Tensor, drop: bool, watch: Watch | None) -> Outcome:
+def _abreast(
+    case: Case, attack: Callable[[Tensor], AttackLike], turn: Turn, runs: range, counts: Tensor, drop: bool, watch: Watch | None
+) -> Outcome:
     """The first `counts` (B,) runs of every sample in one batch; the first success of any of them ends the others if `drop`.
 
     All runs of a sample are in one batch, and earlier runs win ties, so that the batch decides nothing.
     """
-    whole = nothing(case, attack.threat.within(case.victim.box), len(runs))
-    begun = (~whole.reached & ~whole.flags["invalid"]).nonzero().squeeze(1)
-    for rows in torch.split(begun, max(WIDE, len(begun)) // len(runs) or 1) if len(begun) else ():
-        parts = [rows[counts[rows] > number] for number in range(len(runs))]
-        several = torch.cat(parts)
-        if not len(several):
-            continue
-        sizes = [len(part) for part in parts]
-        numbers = torch.arange(runs.start, runs.stop, device=rows.device).repeat_interleave(torch.tensor(sizes, device=rows.device))
+    whole = nothing(case, attack(torch.tensor([runs.start])).threat.within(case.victim.box), len(runs))
+    begun = (~whole.reached & ~whole.flags["invalid"] & (counts > 0)).nonzero().squeeze(1)
+    most = int(counts.amax())
+    for rows in torch.split(begun, max(WIDE, len(begun)) // most or 1) if len(begun) else ():
+        asked = torch.arange(most, device=rows.device)[:, None] < counts[rows]
+        number, place = asked.nonzero(as_tuple=True)
 
-        def samples(step: int, steps: int, left: int, most: int = len(rows)) -> None:
+        def samples(step: int, steps: int, left: int, all_of: int = len(rows)) -> None:
             if watch is not None:
-                watch(step, steps, min(left, most))
+                watch(step, steps, min(left, all_of))
 
-        found, first = turn(case.take(several), several, numbers).run(attack, several if drop else False, samples), 0
-        for part in parts:
-            whole = merged(whole, part, take(found, slice(first, first + len(part))))
-            first += len(part)
+        several, numbers = rows[place], runs.start + number
+        found = turn(case.take(several), several, numbers).run(attack(numbers), several if drop else False, samples)
+        whole = merged(whole, rows, _best_runs(found, asked, place))
     return whole
+
+
+def _best_runs(found: Outcome, asked: Tensor, place: Tensor) -> Outcome:
+    """Of runs at R samples, those that `asked` (K, R) marks, row by row: for each sample its first success, else the best score; costs of
+    all. `place` (len(found),): which of the R each is at."""
+    reached = torch.zeros_like(asked).masked_scatter(asked, found.reached)
+    score = torch.full(asked.shape, -torch.inf, dtype=found.score.dtype, device=asked.device)
+    score = score.masked_scatter(asked, found.score.nan_to_num(nan=-torch.inf))
+    run = torch.where(reached.any(0), reached.int().argmax(0), score.argmax(0))
+    rows = (asked.flatten().cumsum(0) - 1).reshape(asked.shape).gather(0, run[None]).squeeze(0)
+
+    def summed(costs: Tensor) -> Tensor:
+        return costs.new_zeros(asked.shape[1]).index_add(0, place.cpu(), costs)
+
+    flags = {name: torch.zeros_like(asked).masked_scatter(asked, flag).any(0) for name, flag in found.flags.items()}
+    best: Outcome = take(found, rows)
+    return replace(best, queries=summed(found.queries), backwards=summed(found.backwards), flags=flags)
 
 
 @dataclass(frozen=True, repr=False)
@@ -154,22 +193,30 @@ class Restarts:
     `first` is the number of the first run: to go on where others, of that many runs, have ended. `abreast` has all runs of a
     sample side by side in one batch: the same samples break in up to `count` times fewer calls of the model, for the rows that
     runs take before the first of them succeeds. Whole numbers (B,) do so too, and give each sample only so many runs.
+
+    Several attacks take turns: run after run, each is the next one's. They may differ in their losses, and in numbers that their
+    strategies read sample by sample (`Vertices.first`).
     """
 
-    attack: AttackLike
+    attack: AttackLike | tuple[AttackLike, ...]
     count: int
     first: int | None = None
     abreast: Abreast = None
 
     @property
+    def attacks(self) -> tuple[AttackLike, ...]:
+        """One or several."""
+        return self.attack if isinstance(self.attack, tuple) else (self.attack,)
+
+    @property
     def name(self) -> str:
-        """That of the attack."""
-        return self.attack.name
+        """That of the first attack."""
+        return self.attacks[0].name
 
     @property
     def threat(self) -> Projects:
-        """That of the attack."""
-        return self.attack.threat
+        """That of the first attack."""
+        return self.attacks[0].threat
 
     def __call__(
         self,
@@ -183,7 +230,11 @@ class Restarts:
         drop: Drop = True,
         watch: Watch | None = None,
     ) -> Outcome:
-        """As `Attack.__call__`. Cost: at most `count` times the attack's."""
+        """As `Attack.__call__`. Cost: at most `count` times the attack's.
+
+        Raises:
+            BadInput: also several attacks that differ in more than they may.
+        """
 
         def own(key: Key, number: int) -> Key:
             return key.fold("restart", number) if number else key
@@ -192,8 +243,12 @@ class Restarts:
             return replace(c, key=c.key.branch(numbers, own))
 
         with Victim.of(model) as victim:
-            case, first = opened(victim, x, goal, radius, clean, seed), self.first or 0
-            return _repeated(case, self.attack, turn, range(first, first + self.count), self.abreast, ends(drop), watch)
+            case, first, attacks = opened(victim, x, goal, radius, clean, seed), self.first or 0, self.attacks
+
+            def attack(numbers: Tensor) -> AttackLike:
+                return joined(attacks, (numbers - first) % len(attacks))
+
+            return _repeated(case, attack, turn, range(first, first + self.count), self.abreast, ends(drop), watch)
 
     def __repr__(self) -> str:
         return recipe(self)
@@ -301,7 +356,7 @@ class EveryTarget:
                 key = c.key.branch(ranks, lambda key, rank: key.fold("target", rank))
                 return replace(c, goal=Aimed(labels[rows], targets[rows, ranks]), key=key)
 
-            whole = _repeated(case, self.attack, turn, range(count), self.abreast, ends(drop), watch)
+            whole = _repeated(case, lambda _: self.attack, turn, range(count), self.abreast, ends(drop), watch)
         return replace(whole, queries=whole.queries + tally.forwards, backwards=whole.backwards + tally.backwards)
 
     def __repr__(self) -> str:

@@ -56,7 +56,7 @@ def _spent(order: Tensor, room: Tensor, radius: Tensor) -> Tensor:
 class _Tour:
     """`first`, `share` (B,): radius of the first ball, in budgets, and first step. `slope` (B, ...): averaged unit gradients.
 
-    `hit` (B,): some look since the last check reached the goal.
+    `hit` (B,): some look since the last check reached the goal. `larger`: looks in larger balls.
     """
 
     z: Tensor
@@ -65,6 +65,7 @@ class _Tour:
     slope: Tensor
     hit: Tensor
     looks: int
+    larger: int
     steps: int
 
 
@@ -79,7 +80,7 @@ class Vertices:
     inside it: many such short runs break more than few long ones. Outside the budget `run` is shown the clean input.
 
     Attributes:
-        first: radii between which that of the first ball is drawn (uniform in its logarithm), in budgets, 1 or more.
+        first: radii between which that of the first ball is drawn (uniform in its logarithm), in budgets, 1 or more; (B,) for each sample.
         share: first step, in ways to the vertex, in the largest first ball and in the least; in proportion to the logarithm between. Where
             both are one ball, every run draws its step.
         last: last step; half a cosine leads there. memory: of the averaged gradient.
@@ -87,7 +88,7 @@ class Vertices:
         start: (B, ...) where each sample begins instead; None: as `noise` says.
     """
 
-    first: tuple[float, float]
+    first: tuple[float | Tensor, float | Tensor]
     share: tuple[float, float] = (0.5, 0.8)
     last: float = 0.25
     memory: float = 0.7
@@ -106,17 +107,18 @@ class Vertices:
             z = problem.threat.start(problem.x, first * problem.radius, problem.key if self.noise else None, problem.ids)
         else:
             z = problem.threat.project(problem.x, first_points(problem, self.start), first * problem.radius)
-        return _Tour(z, first, share, torch.zeros_like(z), torch.zeros(len(z), dtype=torch.bool, device=z.device), 0, steps)
+        larger, hit = round(_LARGER * steps) if bool((first > 1).any()) else 0, torch.zeros(len(z), dtype=torch.bool, device=z.device)
+        return _Tour(z, first, share, torch.zeros_like(z), hit, 0, larger, steps)
 
     def step(self, problem: Problem, state: _Tour) -> tuple[Reading, _Tour]:
         """One look, one step toward a vertex of the next ball."""
         reading = self.gradient(problem, state.z)
         looks, hit = state.looks + 1, state.hit | problem.goal.reached(reading.output)
-        shown, larger = reading, self._larger(state.steps)
+        shown, larger = reading, state.larger
         if state.looks < larger:
             inside = problem.threat.size(problem.x, reading.z) <= problem.radius
             check = looks in {round(part * larger) for part in _CHECKS}
-            shown = replace(offered(problem, reading, inside), over=~hit if check else None)
+            shown = replace(offered(problem, reading, inside), over=~hit & (state.first > 1) if check else None)
             hit = torch.zeros_like(hit) if check else hit
         slope = self.memory * state.slope + normalized(reading.gradient, 2)
         radius = self._scale(state, looks) * problem.radius
@@ -126,13 +128,9 @@ class Vertices:
         z = problem.threat.project(problem.x, moved, radius)
         return shown, replace(state, z=z, slope=slope, hit=hit, looks=looks)
 
-    def _larger(self, steps: int) -> int:
-        return round(_LARGER * steps) if self.first[1] > 1 else 0
-
     def _scale(self, state: _Tour, looks: int) -> Tensor:
         """Radius (B,) of the ball of a look, in budgets."""
-        larger = self._larger(state.steps)
-        return state.first ** (1 - looks / larger) if looks < larger else torch.ones_like(state.first)
+        return state.first ** (1 - looks / state.larger) if looks < state.larger else torch.ones_like(state.first)
 
 
 @register(

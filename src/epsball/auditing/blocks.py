@@ -135,7 +135,7 @@ def join(first: Sheet, second: Sheet) -> Sheet:
 
 
 def _both(one: Hits, two: Hits) -> Hits:
-    names = ("radius", "x_adv", "size", "predicted", "invalid", "near")
+    names = ("radius", "x_adv", "size", "predicted", "invalid", "near", "rival")
     shift = len(one.radius)
     joined = {name: torch.cat((getattr(one, name), getattr(two, name))) for name in names}
     return Hits(**joined, closest={}, z=one.z | {row + shift: z for row, z in two.z.items()})

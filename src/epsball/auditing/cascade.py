@@ -16,7 +16,7 @@ from epsball.auditing.referee import Referee
 from epsball.auditing.results import Flag
 from epsball.auditing.sheet import Round, Sheet
 from epsball.auditing.stopping import Spent, Stopping
-from epsball.core import LabelsChanged, Outcome, Tally, Untargeted
+from epsball.core import Aimed, LabelsChanged, Outcome, Tally, Untargeted
 from epsball.threats import L1, is_input
 
 
@@ -139,6 +139,8 @@ def attack_round(
     subject, hits, threat = sheet.subject, sheet.hits[current.threat], sheet.threat(current.threat)
     standing = sheet.standing(current.threat, current.radius)
     rows = (standing & (hits.near <= stage.near)).nonzero().squeeze(1)
+    if stage.at_rival:
+        rows = rows[hits.rival[rows] >= 0]
     if stage.from_closest:
         rows = rows[[row in hits.closest for row in rows.tolist()]]
     if not len(rows) or (stage.pays and not worth(current, stage)):
@@ -153,6 +155,9 @@ def attack_round(
     current.unfunded = False
     started = time.perf_counter()
     x, goal, drop = subject.x[rows], subject.goal.take(rows), drop and not stage.keep
+    if stage.at_rival:
+        assert isinstance(goal, Untargeted)
+        goal = Aimed(goal.labels, hits.rival[rows].to(goal.labels))
     outcome = attack(stage.victim or subject.victim, x, goal, current.radius, seed, clean=sheet.clean[rows], drop=drop, watch=watch)
     met = rows[outcome.flags["invalid"].cpu()]
     hits.invalid[met] = hits.invalid[met].clamp(max=current.radius)
@@ -199,8 +204,9 @@ def note_near(sheet: Sheet, current: Round, rows: Tensor, outcome: Outcome, last
         return outcome
     tally = Tally.zeros(len(left))
     output = subject.victim.outputs(outcome.x_adv[left], tally).cpu()
-    now, clean = (gap(answers.double(), goal) for answers in (output, sheet.clean[place].cpu()))
-    share = (now / clean).nan_to_num(nan=1.0).clamp(min=0.0)
+    (now, rival), (before, _) = (gap(answers.double(), goal) for answers in (output, sheet.clean[place].cpu()))
+    share = (now / before).nan_to_num(nan=1.0).clamp(min=0.0)
+    hits.rival[place] = torch.where(share < hits.near[place], rival, hits.rival[place])
     hits.near[place] = torch.minimum(hits.near[place], share)
     if not last and isinstance(sheet.threat(current.threat), L1):
         for row, at, near in zip(place.tolist(), left.tolist(), share.tolist(), strict=True):
@@ -211,16 +217,18 @@ def note_near(sheet: Sheet, current: Round, rows: Tensor, outcome: Outcome, last
     return replace(outcome, queries=queries)
 
 
-def gap(output: Tensor, goal: Untargeted | LabelsChanged) -> Tensor:
-    """(B,) by how much the label's score leads the next; among several labels, how firm the least firm decision is.
+def gap(output: Tensor, goal: Untargeted | LabelsChanged) -> tuple[Tensor, Tensor]:
+    """(B,) by how much the label's score leads the next, and which that is; among several labels, the least firm decision.
 
     >>> gap(torch.tensor([[2.0, -1.0]]), Untargeted(torch.tensor([0]))), gap(torch.tensor([[2.0, -1.0]]), LabelsChanged(torch.eye(2)[:1]))
-    (tensor([3.]), tensor([1.]))
+    ((tensor([3.]), tensor([1])), (tensor([1.]), tensor([1])))
     """
     if isinstance(goal, LabelsChanged):
-        return replace(goal, labels=goal.labels.cpu()).signed(output).amin(1)
+        firm, place = replace(goal, labels=goal.labels.cpu()).signed(output).min(1)
+        return firm, place
     labels = goal.labels.cpu()[:, None]
-    return output.gather(1, labels).squeeze(1) - output.scatter(1, labels, -torch.inf).amax(1)
+    best, place = output.scatter(1, labels, -torch.inf).max(1)
+    return output.gather(1, labels).squeeze(1) - best, place
 
 
 def eight_bit(sheet: Sheet, referee: Referee) -> None:

@@ -64,10 +64,11 @@ class Stage:
     answer may have been luck; `beyond` marks what does not follow the model's own gradients although it has some; `near` leaves out
     samples whose best margin so far is more than this share of the clean one; `nearer`, for `Restarts`, a smaller share and a number,
     gives those beyond that share only so many of the runs; `fill`, for `Restarts` and `EveryTarget`, the rows with a gradient that a run
-    takes of a sample in the mean, gives as many runs as the round has rows for (`row_budget`), and with `once` one at least to those
-    within `nearer`; `pays` leaves out the whole stage where the attack before broke less than this share of those it tried, or had no rows
-    for any; `from_closest`, for `vertices` and `swaps`, begins where searches since the last such stage came closest, and leaves out
-    samples that none came close to (`CLOSE`).
+    takes of a sample in the mean, gives as many runs as the round has rows for (`row_budget`), the last to those that came nearest, and
+    with `once` one at least to those within `nearer`; `pays` leaves out the whole stage where the attack before broke less than this share
+    of those it tried, or had no rows for any; `at_rival` aims at the class that came nearest so far, and leaves out samples for which none
+    came nearer than the clean input; `from_closest`, for `vertices` and `swaps`, begins where searches since the last such stage came
+    closest, and leaves out samples that none came close to (`CLOSE`).
     """
 
     attack: AttackLike
@@ -81,6 +82,7 @@ class Stage:
     once: bool = False
     pays: float = 0.0
     from_closest: bool = False
+    at_rival: bool = False
 
     @property
     def last(self) -> bool:
@@ -105,7 +107,9 @@ class Stage:
         runs = runs if self.nearer is None else torch.where(near <= self.nearer[0], runs, self.nearer[1])
         if self.fill:
             least = (near <= self.nearer[0]).long() if self.once and self.nearer else torch.zeros_like(runs)
-            runs = torch.minimum(runs, least.clamp(min=left // (self.fill * len(near))))
+            each, over = divmod(max(left, 0) // self.fill, len(near))
+            share = torch.full_like(runs, each).index_fill(0, near.argsort(stable=True)[:over], each + 1)
+            runs = torch.minimum(runs, torch.maximum(least, share))
         return replace(self.attack, abreast=runs) if bool(runs.any()) else None
 
 
@@ -201,7 +205,7 @@ def _norms(threat: Projects, effort: str, classes: int) -> Iterator[Stage]:
     if effort == "default":
         yield from _default(threat, classes)
     elif effort == "fast" and isinstance(threat, L1):
-        yield from _four_kinds(threat, classes, 1, 1)
+        yield from _one_of_each(threat, classes)
         yield from _from_closest(threat)
         yield _walks(threat, 30, 1, far=3, rounds=2)
     elif effort == "fast":
@@ -214,7 +218,7 @@ def _norms(threat: Projects, effort: str, classes: int) -> Iterator[Stage]:
         if isinstance(threat, L1):
             yield _walks(threat, 60, 3, far=3, rounds=2)
             yield Stage(from_larger(100, 5, threat=threat, objective=margin, scales=_BALLS), 500)
-            yield from _four_kinds(threat, classes, 1, 10)
+            yield side_by_side(_four_kinds(threat, classes), 20, 1, 40)
             yield from _from_closest(threat, climb=True)
             yield side_by_side(vertices(60, threat), 60, 41, 5)
             yield from _from_closest(threat, climb=True)
@@ -232,43 +236,47 @@ def _default(threat: Projects, classes: int) -> Iterator[Stage]:
         return
     yield at_nearest(threat, 20, 3, 3, classes)
     if isinstance(threat, Linf):
-        for loss in (margin, cross_entropy):
-            yield Stage(restarted(apgd(20, threat=threat, objective=loss), 2, abreast=True), 40, near=0.3, nearer=(NEAR, 1))
+        both = tuple(apgd(20, threat=threat, objective=loss) for loss in (margin, cross_entropy))
+        yield replace(side_by_side(both, 20, 0, 4), near=0.3, nearer=(NEAR, 2))
         yield replace(at_nearest(threat, 40, 3, 1, classes), near=NEARER)
         # Runs are counted as if all samples had as many; most have one, hence half of what a walk takes.
         yield replace(_walks(threat, 60, 5, far=3, rounds=2), near=NEARER, nearer=(VERY_NEAR, 1), fill=33, once=True)
         yield replace(at_nearest(threat, 20, 3, 9, classes), near=NEAR, pays=0.1)
     else:
-        yield from _while_it_pays(_walks(threat, 30, 1, far=3, rounds=2), 2, 1)
+        yield from _while_it_pays(outside_in(30, threat, far=3, rounds=2), 39, 2, 1)
         yield replace(side_by_side(outside_in(40, threat, far=3, rounds=2), 49, 3, 9), near=NEARER, nearer=(0.03, 1))
         if classes:
             yield replace(at_nearest(threat, 20, 3, 2, classes, dlr_targeted), near=0.5, fill=23)
 
 
-def _while_it_pays(one: Stage, more: int, times: int) -> Iterator[Stage]:
+def _while_it_pays(search: AttackLike, rows: int, more: int, times: int, fill: int = 0) -> Iterator[Stage]:
     """One run, then so many at a time, as long as that pays."""
-    yield one
+    yield side_by_side(search, rows, 0, 1, fill)
     for turn in range(times):
-        yield replace(side_by_side(one.attack, one.rows, 1 + turn * more, more), pays=PAYS)
+        yield replace(side_by_side(search, rows, 1 + turn * more, more), pays=PAYS)
 
 
 def _sparse(threat: L1, classes: int) -> Iterator[Stage]:
     """Under L1 many short searches from larger balls, for the right sparsity has to be found, and where a search ends hangs on luck.
 
-    None is best everywhere (`benchmarks/l1_starts.py`), so there are several: those of `_four_kinds`, and runs aimed at each class. A local
-    search goes on from where they came closest, for few gradients; of the closest points of long searches and walks a climb in short steps
-    makes more. Where gradients mislead near the clean input a walk inward breaks what all of them leave: one each shows whether more pay,
-    and those whether still more. Samples that came near get more and longer runs; what still falls then is anywhere, so that rows that are
-    left go to all that stand, in several stages, for runs that end early leave room for others.
+    None is best everywhere (`benchmarks/l1_starts.py`), so there are several: one run of each of four kinds, and one at each class. A local
+    search goes on from where they came closest, for few gradients; of the closest points of long searches a climb in short steps makes
+    more. Samples that came near get more and longer runs, most of them at the class that came nearest: that is mostly the right one, and
+    a run at it breaks what one at no class hardly ever does. Where gradients mislead near the clean input few come near, and rows are left
+    for a walk inward, which breaks there what all of these leave: one each shows whether more pay, and those whether still more. What still
+    falls then is anywhere, so that rows that are left go to all that stand, in two stages, for runs that end early leave room for others.
     """
-    yield from _four_kinds(threat, classes, 1, 1)
+    nearer, near, far, farther = _four_kinds(threat, classes)
+    yield from _one_of_each(threat, classes)
     yield _at_classes(threat, classes, 5)
     yield from _from_closest(threat, climb=True)
-    yield from _while_it_pays(_walks(threat, 30, 1, far=3, rounds=2), 2, 4)
-    yield replace(side_by_side(vertices(30, threat), 30, 8, 8, fill=18), near=NEAR, nearer=(0.05, 3))
+    aimed = side_by_side(vertices(30, threat), 30, 8, 8, fill=24)
+    yield replace(aimed, near=NEAR, nearer=(0.05, 3), at_rival=classes > 0)
+    yield replace(side_by_side(_calm(threat), 30, 16, 6, fill=20), near=NEAR, nearer=(0.05, 2))
     yield from _from_closest(threat, climb=True)
-    for first, count in ((16, 4), (32, 9)):
-        yield from _four_kinds(threat, classes, first, count, fill=True)
+    yield from _while_it_pays(outside_in(30, threat, far=3, rounds=2), 39, 2, 4, fill=29)
+    for first, count in ((22, 4), (38, 9)):
+        yield side_by_side((far, near, farther, nearer), 20, first, 4 * count, fill=14)
         yield from _from_closest(threat)
 
 
@@ -280,17 +288,23 @@ def _from_closest(threat: L1, climb: bool = False) -> Iterator[Stage]:
     yield Stage(swaps(8, threat, tries=6, shares=(0.1, 0.3)), 32, from_closest=True)
 
 
-def _four_kinds(threat: L1, classes: int, first: int, count: int, fill: bool = False) -> Iterator[Stage]:
-    """As many runs of `vertices` of four kinds each, from number `first` on: from balls of 3 budgets and from far larger ones, on
-    several losses. Runs of different kinds fail on different samples, more than runs of one kind that each draw their first ball.
+def _calm(threat: L1) -> AttackLike:
+    """`vertices` on cross-entropy with a longer memory of gradients, from a ball of 3 budgets."""
+    return Attack("vertices", threat, cross_entropy, Vertices((3.0, 3.0), memory=0.9), 30)
 
-    Most runs end before their 20 looks; those from small balls earlier, for a small ball that holds nothing is soon found out.
-    """
-    loss = dlr if classes else margin
-    kinds = ((3.0, loss, 11), (3.0, cross_entropy, 11), (60.0, margin, 16), (30.0, cross_entropy, 16))
-    for number, (budgets, objective, looks) in enumerate(kinds):
-        search = vertices(20, threat, objective, (budgets, budgets))
-        yield side_by_side(search, 20, first + number * count, count, looks if fill else 0)
+
+def _four_kinds(threat: L1, classes: int) -> tuple[AttackLike, ...]:
+    """`vertices` from balls of 3 budgets and from far larger ones, on several losses. Runs of different kinds fail on different samples,
+    more than runs of one kind that each draw their first ball."""
+    kinds = ((3.0, dlr if classes else margin), (3.0, cross_entropy), (30.0, cross_entropy), (60.0, margin))
+    return tuple(vertices(20, threat, loss, (budgets, budgets)) for budgets, loss in kinds)
+
+
+def _one_of_each(threat: L1, classes: int) -> Iterator[Stage]:
+    """A run of each kind in turn, for most samples break early; from the second of the large balls where the first pays."""
+    *first, last = (side_by_side(search, 20, number, 1) for number, search in enumerate(_four_kinds(threat, classes), 1))
+    yield from first
+    yield replace(last, pays=PAYS)
 
 
 def _at_classes(threat: L1, classes: int, first: int) -> Stage:
@@ -302,8 +316,8 @@ def _at_classes(threat: L1, classes: int, first: int) -> Stage:
     return Stage(EveryTarget(search, count, by_logit, name="vertices_t", abreast=True), 20 * count)
 
 
-def side_by_side(search: AttackLike, rows: int, first: int, count: int, fill: int = 0) -> Stage:
-    """Runs of a search, each of at most so many rows, from the one of number `first` on, side by side."""
+def side_by_side(search: AttackLike | tuple[AttackLike, ...], rows: int, first: int, count: int, fill: int = 0) -> Stage:
+    """Runs of a search, or of several in turn, each of at most so many rows, from the one of number `first` on, side by side."""
     return Stage(Restarts(search, count, first=first, abreast=True), rows * count, fill=fill)
 
 

@@ -57,7 +57,8 @@ class Hits:
         radius: (N,) float64, infinite where the sample stands. x_adv: (N, ...), the clean input where it stands.
         size: (N,) float64. predicted: (N,) class answered. invalid: (N,) float64, the smallest radius at which the search
             met a NaN or infinite answer; infinite where it met none.
-        near: (N,) float64, the smallest margin that searches came down to, as a share of the clean one; 1 before any.
+        near: (N,) float64, the smallest margin that searches came down to, as a share of the clean one; 1 before any. rival: (N,) the class
+            (of many labels: the label) that came nearest there; -1 before any.
         closest: row -> (share, (...)): how near, and where, searches under L1 came since the last that went on from there.
         z: row -> (...) the adversary's variable, for threats where it is not the input; else empty.
     """
@@ -68,6 +69,7 @@ class Hits:
     predicted: Tensor
     invalid: Tensor
     near: Tensor
+    rival: Tensor
     closest: dict[int, tuple[float, Tensor]] = field(default_factory=dict)
     z: dict[int, Tensor] = field(default_factory=dict)
 
@@ -82,6 +84,7 @@ class Hits:
             predicted=torch.full((n,), -1, dtype=torch.int64),
             invalid=torch.full((n,), torch.inf, dtype=torch.float64),
             near=torch.ones(n, dtype=torch.float64),
+            rival=torch.full((n,), -1, dtype=torch.int64),
         )
 
     def revoke(self, rows: Tensor) -> None:

@@ -66,7 +66,7 @@ class Problem:
             x=self.x[rows],
             goal=self.goal.take(rows),
             threat=self.threat,
-            objective=self.objective,
+            objective=take(self.objective, rows),
             radius=self.radius[rows],
             ids=self.ids[rows],
             clean=self.clean[rows],
@@ -94,6 +94,21 @@ class Problem:
         output = self.victim.outputs(x_adv, self.tally)
         with torch.no_grad():
             return Reading(z, x_adv, output, self.objective(self, z, x_adv, output))
+
+
+@dataclass(frozen=True)
+class PerRow:
+    """An objective of its own for every row: that of number `which` (B,)."""
+
+    objectives: tuple[Objective, ...]
+    which: Tensor
+
+    def __call__(self, problem: Problem, z: Z, x_adv: Tensor, output: Tensor) -> Tensor:
+        """(B,) scores."""
+        first, *others = (objective(problem, z, x_adv, output) for objective in self.objectives)
+        for number, score in enumerate(others, 1):
+            first = torch.where(self.which == number, score, first)
+        return first
 
 
 Drop = bool | Tensor
