@@ -59,10 +59,10 @@ def deeper_by_chance(threat: Projects, effort: str) -> AttackLike:
 def by_directions(threat: Projects, effort: str, twins: tuple[Victim, ...]) -> Iterator[Stage]:
     """Through twins with gradients by random directions: climbs whose memory averages them.
 
-    The last follows where the one before pays; there are no stages where there are no twins.
+    The second follows where the first pays; there are no stages where there are no twins.
     """
-    for twin, loss in zip(twins, (margin, cross_entropy, cross_entropy), strict=False):
-        pays = PAYS if twin is twins[-1] else 0.0
+    for number, (twin, loss) in enumerate(zip(twins, (cross_entropy, cross_entropy, margin), strict=False)):
+        pays = PAYS if number == 1 else 0.0
         yield Stage(_fading(threat, 2 * STEPS[effort], loss, "random_directions"), 2 * STEPS[effort], twin, pays=pays)
 
 

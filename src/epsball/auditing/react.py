@@ -40,8 +40,8 @@ FAR, REACH = 0.75, 0.05
 TOLD, SHAKEN = 0.6, 0.1
 """The same correlation of other twins, below which differences in random directions are tried; the least of those for them to be followed:
 few directions of many tell little of any one."""
-WAYS = ((32, 0.3), (32, 0.05), (128, 0.05))
-"""How many directions searches follow, and how wide changes, one after the other; many where the few before them pay."""
+WAYS = ((32, 0.05), (128, 0.05), (32, 0.3))
+"""How many directions searches follow, and how wide changes, one after the other: few, many where these pay, and wide ones."""
 BLANK = 0.75
 """Share of features without a gradient above which the same holds."""
 LAYERS, SAME_CLASS, TURNED = 3, 0.9, 0.05
@@ -170,10 +170,10 @@ def _shaken(bench: Bench, others: list[Victim], seed: int) -> tuple[Victim, ...]
             layer = behind_break(model, x)
         if layer is None:
             return ()
-        wide, few, many = (_within(victim, Shaken(model, layer, victim.box, x[0].numel(), count, width)) for count, width in WAYS)
+        ways = few, _, _ = tuple(_within(victim, Shaken(model, layer, victim.box, x[0].numel(), count, width)) for count, width in WAYS)
         # Wide changes say little of the short ways on which truth is measured.
         tells = _reaches(bench, few) and truth(replace(bench, victim=few), seed, REACH) >= SHAKEN
-        return (wide, few, many) if tells else ()
+        return ways if tells else ()
     except Exception:  # what raises here is the business of other checks
         return ()
 
