@@ -14,9 +14,9 @@ from epsball.auditing.doubted import by_chance, by_directions, smooth, through_t
 from epsball.auditing.plan import CLOSE, Stage, beside, black_box, plan, row_budget
 from epsball.auditing.referee import Referee
 from epsball.auditing.results import Flag
-from epsball.auditing.sheet import Round, Sheet
+from epsball.auditing.sheet import Hits, Round, Sheet
 from epsball.auditing.stopping import Spent, Stopping
-from epsball.core import Aimed, LabelsChanged, Outcome, Tally, Untargeted
+from epsball.core import Aimed, Goal, LabelsChanged, Outcome, Tally, Untargeted
 from epsball.threats import L1, is_input
 
 
@@ -138,11 +138,7 @@ def attack_round(
     """One attack on the samples still standing; only what the referee confirms is entered, and its queries (K,) are returned."""
     subject, hits, threat = sheet.subject, sheet.hits[current.threat], sheet.threat(current.threat)
     standing = sheet.standing(current.threat, current.radius)
-    rows = (standing & (hits.near <= stage.near)).nonzero().squeeze(1)
-    if stage.at_rival:
-        rows = rows[hits.rival[rows] >= 0]
-    if stage.from_closest:
-        rows = rows[[row in hits.closest for row in rows.tolist()]]
+    rows = suited_rows(hits, standing, stage)
     if not len(rows) or (stage.pays and not worth(current, stage)):
         return rows[:0]
     stands = int(standing.sum())
@@ -154,10 +150,7 @@ def attack_round(
         return rows[:0]
     current.unfunded = False
     started = time.perf_counter()
-    x, goal, drop = subject.x[rows], subject.goal.take(rows), drop and not stage.keep
-    if stage.at_rival:
-        assert isinstance(goal, Untargeted)
-        goal = Aimed(goal.labels, hits.rival[rows].to(goal.labels))
+    x, goal, drop = subject.x[rows], aimed(subject.goal.take(rows), hits.rival[rows], stage), drop and not stage.keep
     outcome = attack(stage.victim or subject.victim, x, goal, current.radius, seed, clean=sheet.clean[rows], drop=drop, watch=watch)
     met = rows[outcome.flags["invalid"].cpu()]
     hits.invalid[met] = hits.invalid[met].clamp(max=current.radius)
@@ -184,6 +177,19 @@ def attack_round(
     outcome = note_near(sheet, current, rows, outcome, stage.last)
     current.attacks.append(attack_row(attack.name, repr(stage.attack), len(rows), len(broken), outcome, time.perf_counter() - started))
     return spent
+
+
+def suited_rows(hits: Hits, standing: Tensor, stage: Stage) -> Tensor:
+    """(K,) samples of those `standing` (N,) bool that a stage tries."""
+    rows = (standing & (hits.near <= stage.near)).nonzero().squeeze(1)
+    if stage.at_rival:
+        rows = rows[hits.rival[rows] >= 0]
+    return rows[[row in hits.closest for row in rows.tolist()]] if stage.from_closest else rows
+
+
+def aimed(goal: Goal, rivals: Tensor, stage: Stage) -> Goal:
+    """The goal (K rows) of a stage: in the direction of those classes (K,) where it is `at_rival`."""
+    return Aimed(goal.labels, rivals.to(goal.labels)) if stage.at_rival and isinstance(goal, Untargeted) else goal
 
 
 def worth(current: Round, stage: Stage) -> bool:
