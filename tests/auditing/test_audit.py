@@ -460,8 +460,8 @@ def test_without_rows_left_those_that_came_very_near_get_one_walk() -> None:
 
 def test_under_linf_restarts_climb_two_losses_and_every_class_has_to_pay() -> None:
     stages = plan(named("linf"), "default", classes=10, single_label=True, gradients=True)
-    (climbs,) = (stage.attack for stage in stages if isinstance(stage.attack, Restarts) and stage.attack.name == "apgd")
-    assert [inner.objective for inner in climbs.attacks if isinstance(inner, Attack)] == [margin, cross_entropy]
+    climbs = [stage.attack.attack for stage in stages if isinstance(stage.attack, Restarts) and stage.attack.name == "apgd"]
+    assert [inner.objective for inner in climbs if isinstance(inner, Attack)] == [margin, cross_entropy]
     assert [place for place, stage in enumerate(stages) if stage.pays] == [len(stages) - 1]
 
 

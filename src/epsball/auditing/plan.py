@@ -64,11 +64,11 @@ class Stage:
     answer may have been luck; `beyond` marks what does not follow the model's own gradients although it has some; `near` leaves out
     samples whose best margin so far is more than this share of the clean one; `nearer`, for `Restarts`, a smaller share and a number,
     gives those beyond that share only so many of the runs; `fill`, for `Restarts` and `EveryTarget`, the rows with a gradient that a run
-    takes of a sample in the mean, gives as many runs as the round has rows for (`row_budget`), the last to those that came nearest, and
-    with `once` one at least to those within `nearer`; `pays` leaves out the whole stage where the attack before broke less than this share
-    of those it tried, or had no rows for any; `at_rival` aims at the class that came nearest so far, and leaves out samples for which none
-    came nearer than the clean input; `from_closest`, for `vertices` and `swaps`, begins where searches since the last such stage came
-    closest, and leaves out samples that none came close to (`CLOSE`).
+    takes of a sample in the mean, gives as many runs as the round has rows for (`row_budget`), the last to those that came nearest; with
+    `once` one at least to those within `nearer`, and beyond only what all get; `pays` leaves out the whole stage where the attack before
+    broke less than this share of those it tried, or had no rows for any; `at_rival` aims at the class that came nearest so far, and leaves
+    out samples for which none came nearer than the clean input; `from_closest`, for `vertices` and `swaps`, begins where searches since
+    the last such stage came closest, and leaves out samples that none came close to (`CLOSE`).
     """
 
     attack: AttackLike
@@ -108,6 +108,7 @@ class Stage:
         if self.fill:
             least = (near <= self.nearer[0]).long() if self.once and self.nearer else torch.zeros_like(runs)
             each, over = divmod(max(left, 0) // self.fill, len(near))
+            over = 0 if self.once else over
             share = torch.full_like(runs, each).index_fill(0, near.argsort(stable=True)[:over], each + 1)
             runs = torch.minimum(runs, torch.maximum(least, share))
         return replace(self.attack, abreast=runs) if bool(runs.any()) else None
@@ -236,8 +237,8 @@ def _default(threat: Projects, classes: int) -> Iterator[Stage]:
         return
     yield at_nearest(threat, 20, 3, 3, classes)
     if isinstance(threat, Linf):
-        both = tuple(apgd(20, threat=threat, objective=loss) for loss in (margin, cross_entropy))
-        yield replace(side_by_side(both, 20, 0, 4), near=0.3, nearer=(NEAR, 2))
+        for loss in (margin, cross_entropy):
+            yield Stage(restarted(apgd(20, threat=threat, objective=loss), 2, abreast=True), 40, near=0.3, nearer=(NEAR, 1))
         yield replace(at_nearest(threat, 40, 3, 1, classes), near=NEARER)
         # Runs are counted as if all samples had as many; most have one, hence half of what a walk takes.
         yield replace(_walks(threat, 60, 5, far=3, rounds=2), near=NEARER, nearer=(VERY_NEAR, 1), fill=33, once=True)
