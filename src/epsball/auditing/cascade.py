@@ -58,13 +58,18 @@ def stages_of(sheet: Sheet, current: Round, effort: str) -> tuple[Stage, ...]:
     if sight.victim is not model:
         aimed = sheet.clean.shape[1] if single and sheet.clean.shape[1] >= 3 else 0
         more = through_twins(threat, effort, aimed) if sight.hidden else ()
-        stages += [replace(s, victim=sight.victim, beyond=bool(stages)) for s in (*known, *more)]
+        stages += [replace(walked(s), victim=sight.victim, beyond=bool(stages)) for s in (*known, *more)]
     if sight.rough:
         stages += [replace(s, victim=sight.victim, beyond=True) for s in smooth(threat, effort)]
     if sight.straight is not None:
-        stages += [replace(s, victim=sight.straight, beyond=True) for s in known]
+        stages += [replace(walked(s), victim=sight.straight, beyond=True) for s in known]
     stages += shaken
     return (*stages, *beside(threat, model.access, effort, sheet.queries)) if sight.doubted else tuple(stages)
+
+
+def walked(stage: Stage) -> Stage:
+    """The stage for a twin: walks of all that stand do not wait for rows, which the model's own plan has spent."""
+    return replace(stage, fill=0) if stage.attack.name == "outside_in" and stage.near == 1 else stage
 
 
 def planned_rows(sheet: Sheet, effort: str, threat: str) -> int:
