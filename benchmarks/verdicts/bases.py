@@ -73,20 +73,29 @@ def fitted(
     average: float = 0.99,
 ) -> nn.Module:
     """The model with weights from the cache, or trained now on n images; in eval mode, its parameters frozen."""
-    words = f"{recipe(loss)} {model} {n} {epochs} {radius} {rate} {by.__name__} {average}"
+
+    def train() -> dict[str, float]:
+        x, y = images()
+        course = training.Course(epochs=epochs, rate=rate, average=average, merit=by)
+        done = training.fit(model, loss, (x[:n], y[:n]), (x[-500:], y[-500:]), training.Against(Linf(), radius), course)
+        return {"clean": done.best.clean, "robust": done.best.robust}
+
+    return kept(name, f"{recipe(loss)} {model} {n} {epochs} {radius} {rate} {by.__name__} {average}", model, train)
+
+
+def kept(name: str, words: str, model: nn.Module, train: Callable[[], dict[str, float]]) -> nn.Module:
+    """The model with weights from the cache, or from `train`, which says what it found; `words` tell one recipe from another."""
     path = FOLDER / "weights" / f"{name}-{hashlib.blake2b(words.encode(), digest_size=4).hexdigest()}.safetensors"
     if path.exists():
         model.load_state_dict(load_file(path))
         return model.eval().requires_grad_(False)
-    x, y = images()
-    course = training.Course(epochs=epochs, rate=rate, average=average, merit=by)
     started = time.process_time()
-    done = training.fit(model, loss, (x[:n], y[:n]), (x[-500:], y[-500:]), training.Against(Linf(), radius), course)
-    seconds = time.process_time() - started
-    print(f"{name}: trained in {seconds:.0f} CPU s, held out: clean {done.best.clean:.3f}, PGD-10 {done.best.robust:.3f}", flush=True)
+    facts = train()
+    facts["seconds"] = time.process_time() - started
+    print(f"{name}: trained, {', '.join(f'{fact} {value:.3g}' for fact, value in facts.items())}", flush=True)
     path.parent.mkdir(parents=True, exist_ok=True)
     save_file(model.state_dict(), path)
-    path.with_suffix(".json").write_text(json.dumps({"name": name, "seconds": seconds, "clean": done.best.clean}), encoding="utf8")
+    path.with_suffix(".json").write_text(json.dumps({"name": name, **facts}), encoding="utf8")
     return model.eval().requires_grad_(False)
 
 

@@ -5,22 +5,18 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-import time
 from collections.abc import Callable
 from functools import cache
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
 from scipy import ndimage
 from sklearn.ensemble import RandomForestClassifier
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from verdicts.bases import FOLDER, adversarial, images, network, seeded, standard
+from verdicts.bases import adversarial, images, kept, network, seeded, standard
 from verdicts.case import PGD, Case, as_it_is, straight, thorough, undefended
 from verdicts.controls import control
 from verdicts.held_out import masked, voter
@@ -41,40 +37,33 @@ def fit(
     grow: bool = False,
 ) -> nn.Module:
     """Weights from the file, or trained now with Adam: on PGD where steps > 0, whose radius grows over the first half where `grow`."""
-    words = f"{model} {n} {epochs} {rate} {radius} {steps} {front is not None} {grow}"
-    path = FOLDER / "weights" / f"{name}-{hashlib.blake2b(words.encode(), digest_size=4).hexdigest()}.safetensors"
-    if path.exists():
-        model.load_state_dict(load_file(path))
-        return model.eval().requires_grad_(False)
-    x, y = images()
-    x, y = x[:n] if front is None else front(x[:n]), y[:n]
-    started, model = time.process_time(), model.train()
-    order = torch.Generator().manual_seed(0)
-    adam = torch.optim.Adam(model.parameters(), rate)
-    total, done = epochs * (n // 100), 0
-    plan = torch.optim.lr_scheduler.OneCycleLR(adam, rate, total_steps=total)
-    for _ in range(epochs):
-        for rows in torch.randperm(n, generator=order)[: n // 100 * 100].view(-1, 100):
-            a, b, done = x[rows], y[rows], done + 1
-            z, box = a, radius * (min(1.0, 2 * done / total) if grow else 1.0)
-            if steps:
-                z = (a + box * (2 * torch.rand(a.shape, generator=order) - 1)).clamp(0, 1)
-            for _ in range(steps):
-                leaf = z.detach().requires_grad_()
-                (g,) = torch.autograd.grad(F.cross_entropy(model(leaf), b), leaf)
-                z = torch.minimum(torch.maximum(z + 2.5 / steps * box * g.sign(), a - box), a + box).clamp(0, 1).detach()
-            loss = F.cross_entropy(model(z), b)
-            adam.zero_grad()
-            loss.backward()
-            adam.step()
-            plan.step()
-    model.eval().requires_grad_(False)
-    seconds = time.process_time() - started
-    print(f"{name}: trained in {seconds:.0f} CPU s", flush=True)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    save_file(model.state_dict(), path)
-    path.with_suffix(".json").write_text(json.dumps({"name": name, "seconds": seconds}), encoding="utf8")
-    return model
+
+    def train() -> dict[str, float]:
+        x, y = images()
+        x, y = x[:n] if front is None else front(x[:n]), y[:n]
+        model.train()
+        order = torch.Generator().manual_seed(0)
+        adam = torch.optim.Adam(model.parameters(), rate)
+        total, done = epochs * (n // 100), 0
+        plan = torch.optim.lr_scheduler.OneCycleLR(adam, rate, total_steps=total)
+        for _ in range(epochs):
+            for rows in torch.randperm(n, generator=order)[: n // 100 * 100].view(-1, 100):
+                a, b, done = x[rows], y[rows], done + 1
+                z, box = a, radius * (min(1.0, 2 * done / total) if grow else 1.0)
+                if steps:
+                    z = (a + box * (2 * torch.rand(a.shape, generator=order) - 1)).clamp(0, 1)
+                for _ in range(steps):
+                    leaf = z.detach().requires_grad_()
+                    (g,) = torch.autograd.grad(F.cross_entropy(model(leaf), b), leaf)
+                    z = torch.minimum(torch.maximum(z + 2.5 / steps * box * g.sign(), a - box), a + box).clamp(0, 1).detach()
+                loss = F.cross_entropy(model(z), b)
+                adam.zero_grad()
+                loss.backward()
+                adam.step()
+                plan.step()
+        return {"loss": float(loss.detach())}
+
+    return kept(name, f"{model} {n} {epochs} {rate} {radius} {steps} {front is not None} {grow}", model, train)
 
 
 class Spike(torch.autograd.Function):
@@ -324,20 +313,6 @@ class MaxMin(nn.Module):
         return torch.cat([torch.maximum(p, q), torch.minimum(p, q)], 1)
 
 
-def sorting() -> nn.Module:
-    """Convolutions and linear layers that sort pairs."""
-    return nn.Sequential(
-        nn.Conv2d(1, 8, 4, stride=2, padding=1),
-        MaxMin(),
-        nn.Conv2d(8, 16, 4, stride=2, padding=1),
-        MaxMin(),
-        nn.Flatten(),
-        nn.Linear(784, 64),
-        MaxMin(),
-        nn.Linear(64, 10),
-    )
-
-
 class Attention(nn.Module):
     """Sixteen patches of 7x7, two encoder layers of PyTorch's own, the mean of what they say."""
 
@@ -453,7 +428,7 @@ CASES: tuple[Case, ...] = (
     control(
         "sorted pairs",
         "Anil et al. 2019, arXiv 1811.05381",
-        lambda: fit("sorting", seeded(sorting), n=10000, epochs=4, radius=0.1, steps=5),
+        lambda: fit("sorting", seeded(lambda: network(relu=MaxMin)), n=10000, epochs=4, radius=0.1, steps=5),
         0.1,
         "MaxMin in place of ReLU, PGD-5",
         held="right",

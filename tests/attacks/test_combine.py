@@ -12,6 +12,7 @@ from lawkit import answers, bench, check_legal, check_nested, check_replay, radi
 from torch import Tensor
 
 from epsball.attacks import Cascade, EveryTarget, Restarts, SmallestRadius, by_logit, get, malt, outside_in, vertices
+from epsball.attacks.vertices import Vertices
 from epsball.core import Attack, Key, Outcome, Tally, Targeted, Victim, as_goal, content_ids, valid
 from epsball.errors import BadInput
 from epsball.objectives import cross_entropy, dlr_targeted, margin
@@ -169,10 +170,13 @@ def test_several_attacks_take_turns() -> None:
     assert len({tuple(one.reached.tolist()) for one in alone}) > 1
 
 
-@pytest.mark.parametrize("other", [vertices(7, SPARSE), outside_in(6, SPARSE), get("apgd", steps=6), vertices(6)])
+MEMORY = replace(vertices(6, SPARSE), strategy=Vertices((3.0, 30.0), memory=0.9))
+
+
+@pytest.mark.parametrize("other", [vertices(7, SPARSE), outside_in(6, SPARSE), get("apgd", steps=6), vertices(6), MEMORY])
 def test_attacks_that_differ_in_more_do_not_go_side_by_side(other: Any) -> None:
     b = bench(4, n=4)
-    with pytest.raises(BadInput, match="or a Cascade"):
+    with pytest.raises(BadInput, match="use a Cascade"):
         Restarts((vertices(6, SPARSE), other), 2, abreast=True)(b.model, b.x, b.labels, 0.1, 3)
 
 

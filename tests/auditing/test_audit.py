@@ -19,10 +19,10 @@ from epsball.attacks import EveryTarget, Restarts
 from epsball.attacks.inward import OutsideIn
 from epsball.attacks.vertices import Vertices
 from epsball.auditing import verdict
-from epsball.auditing.cascade import Tick, attack_round, cascade, gap
+from epsball.auditing.cascade import Tick, attack_round, cascade, for_twin, lead_and_rival
 from epsball.auditing.checks import Scene, losses_agree
 from epsball.auditing.cost import Estimate
-from epsball.auditing.plan import CLOSE, EFFORTS, Stage, default_threats, plan, row_budget
+from epsball.auditing.plan import CLOSE, EFFORTS, PAYS, Stage, default_threats, plan, row_budget
 from epsball.auditing.results import AttackRow, Flag, Report
 from epsball.auditing.run import Plan, prepare
 from epsball.auditing.sheet import Subject
@@ -520,6 +520,29 @@ def test_under_l1_rows_that_are_left_go_to_all_that_stand(single: bool) -> None:
     assert all((stage.fill > 0) != (stage.pays > 0) and stage.near == 1 for stage in rest if not stage.from_closest)
 
 
+@pytest.mark.parametrize("effort", ["fast", "default"])
+def test_under_l1_the_largest_balls_have_to_pay(effort: str) -> None:
+    """A run of each kind; that from 60 budgets where that from 30 broke a twentieth."""
+    stages = plan(named("l1"), effort, classes=10, single_label=True, gradients=True)
+    kinds = []
+    for stage in stages:
+        if isinstance(stage.attack, Restarts) and stage.attack.name == "vertices" and not stage.fill:
+            (inner,) = stage.attack.attacks
+            assert isinstance(inner, Attack)
+            assert isinstance(inner.strategy, Vertices)
+            kinds.append((inner.strategy.first[1], stage.pays))
+    assert kinds == [(3.0, 0.0), (3.0, 0.0), (30.0, 0.0), (60.0, PAYS)]
+
+
+def test_walks_of_twins_do_not_wait_for_rows() -> None:
+    """The plan of a twin comes behind the model's own, which has spent them."""
+    known = plan(named("l1"), "default", classes=10, single_label=True, gradients=True)
+    walks = [stage for stage in known if stage.attack.name == "outside_in" and not stage.pays]
+    assert [stage.fill > 0 for stage in walks] == [True]
+    assert [for_twin(stage).fill for stage in walks] == [0]
+    assert [for_twin(stage) for stage in known if stage not in walks] == [stage for stage in known if stage not in walks]
+
+
 @pytest.mark.parametrize("effort", EFFORTS)
 def test_under_l1_searches_are_followed_by_one_from_where_they_came_closest(effort: str) -> None:
     stages = plan(named("l1"), effort, classes=10, single_label=True, gradients=True)
@@ -589,7 +612,7 @@ def test_where_searches_came_closest_is_kept_under_l1() -> None:
     rows = torch.tensor(sorted(hits.closest))
     points, goal = torch.stack([hits.closest[row][1] for row in rows.tolist()]), sheet.subject.goal.take(rows)
     answers = sheet.subject.victim.outputs(points, eb.core.Tally.zeros(len(rows)))
-    (now, rivals), (clean, _) = (gap(output.double(), goal) for output in (answers, sheet.clean[rows]))
+    (now, rivals), (clean, _) = (lead_and_rival(output.double(), goal) for output in (answers, sheet.clean[rows]))
     assert hits.rival[rows].tolist() == rivals.tolist()
     assert [hits.closest[row][0] for row in rows.tolist()] == pytest.approx((now / clean).tolist())
 
@@ -609,7 +632,7 @@ def test_a_stage_that_fills_runs_as_often_as_fits(spent: int, runs: list[int] | 
 
 
 def test_a_stage_at_rivals_aims_at_the_class_that_came_nearest() -> None:
-    """Of one class's samples, half of them at another class each; who came no nearer than the clean input is left out."""
+    """Five samples, each at a class of its own; who came no nearer than the clean input is left out."""
     data, specs = digits(60), (parse_threat("linf:0.02"),)
     sheet, referee = prepare(Subject(wrap(load("digits-robust")), data.x, data.y, data.indices, "digits", {}), Plan(specs, "fast"))
     (current,), hits = sheet.rounds, sheet.hits["linf"]

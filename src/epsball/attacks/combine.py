@@ -103,8 +103,8 @@ def merged(whole: Outcome, rows: Tensor, part: Outcome, smallest: bool = False) 
 
 
 Stage = Callable[[Case, Tensor], Outcome]
-Turn = Callable[[Case, Tensor, Tensor], Case]
-"""(some samples, which of the call's they are (R,), run (R,)) -> what each of them is given in that run of an attack."""
+Turn = Callable[[Case, Tensor, Tensor], tuple[Case, AttackLike]]
+"""(some samples, which of the call's they are (R,), run (R,)) -> what each of them is given in that run, and what runs."""
 WIDE = 1024
 """Rows of a batch that runs side by side may fill."""
 
@@ -125,34 +125,28 @@ Abreast = bool | Tensor | None
 """Whether runs of one attack go side by side; (B,) whole numbers: they do, and each sample gets only so many of them."""
 
 
-def _repeated(
-    case: Case, attack: Callable[[Tensor], AttackLike], turn: Turn, runs: range, abreast: Abreast, drop: bool, watch: Watch | None
-) -> Outcome:
-    """Runs in turn, or side by side: the same successes, in fewer and larger batches. `attack` says what runs of these numbers (R,) run."""
+def _repeated(case: Case, threat: Projects, turn: Turn, runs: range, abreast: Abreast, drop: bool, watch: Watch | None) -> Outcome:
+    """Runs in turn, or side by side: the same successes, in fewer and larger batches."""
     if isinstance(abreast, Tensor) or abreast:
         counts = abreast.to(case.x.device) if isinstance(abreast, Tensor) else torch.full((len(case.x),), len(runs), device=case.x.device)
-        return _abreast(case, attack, turn, runs, counts.clamp(max=len(runs)), drop, watch)
+        return _abreast(case, threat, turn, runs, counts.clamp(max=len(runs)), drop, watch)
 
     def stage(number: int) -> Stage:
         def ran(c: Case, rows: Tensor) -> Outcome:
-            numbers = torch.full_like(rows, number)
-            return turn(c, rows, numbers).run(attack(numbers), drop, watch)
+            given, attack = turn(c, rows, torch.full_like(rows, number))
+            return given.run(attack, drop, watch)
 
         return ran
 
-    return _union(
-        case, attack(torch.tensor([runs.start])).threat.within(case.victim.box), [stage(number) for number in runs], len(runs), drop
-    )
+    return _union(case, threat, [stage(number) for number in runs], len(runs), drop)
 
 
-def _abreast(
-    case: Case, attack: Callable[[Tensor], AttackLike], turn: Turn, runs: range, counts: Tensor, drop: bool, watch: Watch | None
-) -> Outcome:
+def _abreast(case: Case, threat: Projects, turn: Turn, runs: range, counts: Tensor, drop: bool, watch: Watch | None) -> Outcome:
     """The first `counts` (B,) runs of every sample in one batch; the first success of any of them ends the others if `drop`.
 
     All runs of a sample are in one batch, and earlier runs win ties, so that the batch decides nothing.
     """
-    whole = nothing(case, attack(torch.tensor([runs.start])).threat.within(case.victim.box), len(runs))
+    whole = nothing(case, threat, len(runs))
     begun = (~whole.reached & ~whole.flags["invalid"] & (counts > 0)).nonzero().squeeze(1)
     most = int(counts.amax())
     for rows in torch.split(begun, max(WIDE, len(begun)) // most or 1) if len(begun) else ():
@@ -163,8 +157,9 @@ def _abreast(
             if watch is not None:
                 watch(step, steps, min(left, all_of))
 
-        several, numbers = rows[place], runs.start + number
-        found = turn(case.take(several), several, numbers).run(attack(numbers), several if drop else False, samples)
+        several = rows[place]
+        given, attack = turn(case.take(several), several, runs.start + number)
+        found = given.run(attack, several if drop else False, samples)
         whole = merged(whole, rows, _best_runs(found, asked, place))
     return whole
 
@@ -239,16 +234,13 @@ class Restarts:
         def own(key: Key, number: int) -> Key:
             return key.fold("restart", number) if number else key
 
-        def turn(c: Case, _: Tensor, numbers: Tensor) -> Case:
-            return replace(c, key=c.key.branch(numbers, own))
+        def turn(c: Case, _: Tensor, numbers: Tensor) -> tuple[Case, AttackLike]:
+            return replace(c, key=c.key.branch(numbers, own)), joined(attacks, (numbers - first) % len(attacks))
 
         with Victim.of(model) as victim:
             case, first, attacks = opened(victim, x, goal, radius, clean, seed), self.first or 0, self.attacks
-
-            def attack(numbers: Tensor) -> AttackLike:
-                return joined(attacks, (numbers - first) % len(attacks))
-
-            return _repeated(case, attack, turn, range(first, first + self.count), self.abreast, ends(drop), watch)
+            threat = self.threat.within(victim.box)
+            return _repeated(case, threat, turn, range(first, first + self.count), self.abreast, ends(drop), watch)
 
     def __repr__(self) -> str:
         return recipe(self)
@@ -345,18 +337,17 @@ class EveryTarget:
                 raise BadInput(f"attack '{self.name}': chooses its own targets, so it takes labels only: use the inner attack for a target")
             labels, count = case.goal.labels, min(self.count, case.clean.shape[1] - 1)
             begun = (~case.goal.reached(case.clean) & valid(case.clean)).nonzero().squeeze(1)
-            tally = Tally.zeros(len(case.x))
+            tally, threat = Tally.zeros(len(case.x)), self.threat.within(victim.box)
             targets = labels[:, None].repeat(1, count)
             if len(begun):
-                threat = self.attack.threat.within(victim.box)
                 ordered = self.order(victim, case.x[begun], labels[begun], case.clean[begun], threat, count, tally.take(begun))
                 targets = targets.index_copy(0, begun, ordered)
 
-            def turn(c: Case, rows: Tensor, ranks: Tensor) -> Case:
+            def turn(c: Case, rows: Tensor, ranks: Tensor) -> tuple[Case, AttackLike]:
                 key = c.key.branch(ranks, lambda key, rank: key.fold("target", rank))
-                return replace(c, goal=Aimed(labels[rows], targets[rows, ranks]), key=key)
+                return replace(c, goal=Aimed(labels[rows], targets[rows, ranks]), key=key), self.attack
 
-            whole = _repeated(case, lambda _: self.attack, turn, range(count), self.abreast, ends(drop), watch)
+            whole = _repeated(case, threat, turn, range(count), self.abreast, ends(drop), watch)
         return replace(whole, queries=whole.queries + tally.forwards, backwards=whole.backwards + tally.backwards)
 
     def __repr__(self) -> str:

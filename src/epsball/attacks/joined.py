@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from epsball.core import Attack, AttackLike
+from epsball.core import Attack, AttackLike, Strategy
 from epsball.core.problem import PerRow
 from epsball.errors import BadInput
 
@@ -18,7 +16,7 @@ from epsball.errors import BadInput
 def joined(attacks: tuple[AttackLike, ...], which: Tensor) -> AttackLike:
     """One attack in which row b runs that of number `which[b]`.
 
-    They may differ in objectives, and in numbers that their strategies read row by row; a threat they share.
+    They may differ in their objectives, and in what their strategies read row by row (`by_row`); a threat they share.
 
     Raises:
         BadInput: attacks that differ in more.
@@ -26,29 +24,33 @@ def joined(attacks: tuple[AttackLike, ...], which: Tensor) -> AttackLike:
     first = attacks[0]
     if len(attacks) == 1:
         return first
-    like = [one for one in attacks if isinstance(one, Attack)]
-    if not isinstance(first, Attack) or len(like) < len(attacks) or any(_shared(one) != _shared(first) for one in like):
+    like = [one for one in attacks if isinstance(one, Attack) and isinstance(first, Attack) and _alike(first, one)]
+    if not isinstance(first, Attack) or len(like) < len(attacks):
         names = ", ".join(one.name for one in attacks)
-        raise BadInput(f"attacks '{names}': differ in more than losses and numbers: give them one threat and the same steps, or a Cascade")
-    objectives = tuple(dict.fromkeys(a.objective for a in like))
-    places = torch.tensor([objectives.index(a.objective) for a in like], device=which.device)
+        raise BadInput(f"attacks '{names}': differ in more than losses and numbers read row by row: use a Cascade")
+    objectives = tuple(dict.fromkeys(one.objective for one in like))
+    places = torch.tensor([objectives.index(one.objective) for one in like], device=which.device)
     objective = objectives[0] if len(objectives) == 1 else PerRow(objectives, places[which])
-    return replace(first, objective=objective, strategy=_by_row([a.strategy for a in like], which))
+    columns = {name: torch.tensor([getattr(one.strategy, name) for one in like], dtype=torch.float64) for name in _own(first.strategy)}
+    return replace(
+        first,
+        objective=objective,
+        strategy=_with(first.strategy, {name: column.to(which.device)[which].unbind(1) for name, column in columns.items()}),
+    )
 
 
-def _shared(attack: Attack) -> tuple[Any, ...]:
-    return attack.name, attack.threat, attack.steps, attack.smallest, attack.access
+def _alike(first: Attack, other: Attack) -> bool:
+    """They are one attack but for what may differ."""
+    if type(first.strategy) is not type(other.strategy):
+        return False
+    return replace(other, objective=first.objective, strategy=_with(other.strategy, _own(first.strategy))) == first
 
 
-def _by_row(values: Sequence[Any], which: Tensor) -> Any:
-    """What is the same in all as it is, numbers as (B,) float64."""
-    first = values[0]
-    if all(value == first for value in values):
-        return first
-    if dataclasses.is_dataclass(first) and not isinstance(first, type) and len({type(value) for value in values}) == 1:
-        return replace(first, **{f.name: _by_row([getattr(value, f.name) for value in values], which) for f in dataclasses.fields(first)})
-    if isinstance(first, tuple) and len({len(value) for value in values}) == 1:
-        return tuple(_by_row(column, which) for column in zip(*values, strict=True))
-    if all(isinstance(value, int | float) for value in values):
-        return torch.tensor(values, dtype=torch.float64, device=which.device)[which]
-    raise BadInput(f"attacks: {first!r} and others: cannot differ side by side: use a Cascade")
+def _own(strategy: Strategy) -> dict[str, Any]:
+    """What a strategy reads row by row, by name."""
+    return {name: getattr(strategy, name) for name in getattr(strategy, "by_row", ())}
+
+
+def _with(strategy: Any, own: dict[str, Any]) -> Strategy:
+    changed: Strategy = replace(strategy, **own) if own else strategy
+    return changed

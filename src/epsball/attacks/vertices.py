@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -80,21 +81,22 @@ class Vertices:
     inside it: many such short runs break more than few long ones. Outside the budget `run` is shown the clean input.
 
     Attributes:
-        first: radii between which that of the first ball is drawn (uniform in its logarithm), in budgets, 1 or more; (B,) for each sample.
+        first: radii between which that of the first ball is drawn (uniform in its logarithm), in budgets, 1 or more.
         share: first step, in ways to the vertex, in the largest first ball and in the least; in proportion to the logarithm between. Where
-            both are one ball, every run draws its step.
+            both are one ball, every run draws its step. Both may be (B,) for each sample.
         last: last step; half a cosine leads there. memory: of the averaged gradient.
         noise: from a random point of a first ball that is drawn; else from the clean input, in the largest.
         start: (B, ...) where each sample begins instead; None: as `noise` says.
     """
 
     first: tuple[float | Tensor, float | Tensor]
-    share: tuple[float, float] = (0.5, 0.8)
+    share: tuple[float | Tensor, float | Tensor] = (0.5, 0.8)
     last: float = 0.25
     memory: float = 0.7
     gradient: Gradient = autograd
     noise: bool = True
     start: Tensor | None = None
+    by_row: ClassVar = ("first", "share")
 
     def init(self, problem: Problem, steps: int) -> _Tour:
         """At the start, or at a random point of the first ball."""

@@ -58,17 +58,20 @@ def stages_of(sheet: Sheet, current: Round, effort: str) -> tuple[Stage, ...]:
     if sight.victim is not model:
         aimed = sheet.clean.shape[1] if single and sheet.clean.shape[1] >= 3 else 0
         more = through_twins(threat, effort, aimed) if sight.hidden else ()
-        stages += [replace(walked(s), victim=sight.victim, beyond=bool(stages)) for s in (*known, *more)]
+        stages += [replace(for_twin(s), victim=sight.victim, beyond=bool(stages)) for s in (*known, *more)]
     if sight.rough:
         stages += [replace(s, victim=sight.victim, beyond=True) for s in smooth(threat, effort)]
     if sight.straight is not None:
-        stages += [replace(walked(s), victim=sight.straight, beyond=True) for s in known]
+        stages += [replace(for_twin(s), victim=sight.straight, beyond=True) for s in known]
     stages += shaken
     return (*stages, *beside(threat, model.access, effort, sheet.queries)) if sight.doubted else tuple(stages)
 
 
-def walked(stage: Stage) -> Stage:
-    """The stage for a twin: walks of all that stand do not wait for rows, which the model's own plan has spent."""
+def for_twin(stage: Stage) -> Stage:
+    """The stage for a twin: walks of all that stand do not wait for rows, which the model's own plan has spent.
+
+    All that fills what is left does wait: without rows for a run of everyone there is nothing left to fill.
+    """
     return replace(stage, fill=0) if stage.attack.name == "outside_in" and stage.near == 1 else stage
 
 
@@ -143,7 +146,7 @@ def attack_round(
     """One attack on the samples still standing; only what the referee confirms is entered, and its queries (K,) are returned."""
     subject, hits, threat = sheet.subject, sheet.hits[current.threat], sheet.threat(current.threat)
     standing = sheet.standing(current.threat, current.radius)
-    rows = suited_rows(hits, standing, stage)
+    rows = tried_rows(hits, standing, stage)
     if not len(rows) or (stage.pays and not worth(current, stage)):
         return rows[:0]
     stands = int(standing.sum())
@@ -184,7 +187,7 @@ def attack_round(
     return spent
 
 
-def suited_rows(hits: Hits, standing: Tensor, stage: Stage) -> Tensor:
+def tried_rows(hits: Hits, standing: Tensor, stage: Stage) -> Tensor:
     """(K,) samples of those `standing` (N,) bool that a stage tries."""
     rows = (standing & (hits.near <= stage.near)).nonzero().squeeze(1)
     if stage.at_rival:
@@ -215,7 +218,7 @@ def note_near(sheet: Sheet, current: Round, rows: Tensor, outcome: Outcome, last
         return outcome
     tally = Tally.zeros(len(left))
     output = subject.victim.outputs(outcome.x_adv[left], tally).cpu()
-    (now, rival), (before, _) = (gap(answers.double(), goal) for answers in (output, sheet.clean[place].cpu()))
+    (now, rival), (before, _) = (lead_and_rival(answers.double(), goal) for answers in (output, sheet.clean[place].cpu()))
     share = (now / before).nan_to_num(nan=1.0).clamp(min=0.0)
     hits.rival[place] = torch.where(share < hits.near[place], rival, hits.rival[place])
     hits.near[place] = torch.minimum(hits.near[place], share)
@@ -228,10 +231,11 @@ def note_near(sheet: Sheet, current: Round, rows: Tensor, outcome: Outcome, last
     return replace(outcome, queries=queries)
 
 
-def gap(output: Tensor, goal: Untargeted | LabelsChanged) -> tuple[Tensor, Tensor]:
+def lead_and_rival(output: Tensor, goal: Untargeted | LabelsChanged) -> tuple[Tensor, Tensor]:
     """(B,) by how much the label's score leads the next, and which that is; among several labels, the least firm decision.
 
-    >>> gap(torch.tensor([[2.0, -1.0]]), Untargeted(torch.tensor([0]))), gap(torch.tensor([[2.0, -1.0]]), LabelsChanged(torch.eye(2)[:1]))
+    >>> scores = torch.tensor([[2.0, -1.0]])
+    >>> lead_and_rival(scores, Untargeted(torch.tensor([0]))), lead_and_rival(scores, LabelsChanged(torch.eye(2)[:1]))
     ((tensor([3.]), tensor([1])), (tensor([1.]), tensor([1])))
     """
     if isinstance(goal, LabelsChanged):

@@ -61,8 +61,7 @@ def by_directions(threat: Projects, effort: str, twins: tuple[Victim, ...]) -> I
 
     The second follows where the first pays; there are no stages where there are no twins.
     """
-    for number, (twin, loss) in enumerate(zip(twins, (cross_entropy, cross_entropy, margin), strict=False)):
-        pays = PAYS if number == 1 else 0.0
+    for twin, loss, pays in zip(twins, (cross_entropy, cross_entropy, margin), (0.0, PAYS, 0.0), strict=False):
         yield Stage(_fading(threat, 2 * STEPS[effort], loss, "random_directions"), 2 * STEPS[effort], twin, pays=pays)
 
 

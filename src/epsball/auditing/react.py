@@ -170,9 +170,9 @@ def _shaken(bench: Bench, others: list[Victim], seed: int) -> tuple[Victim, ...]
             layer = behind_break(model, x)
         if layer is None:
             return ()
-        ways = few, _, _ = tuple(_within(victim, Shaken(model, layer, victim.box, x[0].numel(), count, width)) for count, width in WAYS)
+        ways = tuple(_within(victim, Shaken(model, layer, victim.box, x[0].numel(), count, width)) for count, width in WAYS)
         # Wide changes say little of the short ways on which truth is measured.
-        tells = _reaches(bench, few) and truth(replace(bench, victim=few), seed, REACH) >= SHAKEN
+        tells = _reaches(bench, ways[0]) and truth(replace(bench, victim=ways[0]), seed, REACH) >= SHAKEN
         return ways if tells else ()
     except Exception:  # what raises here is the business of other checks
         return ()

@@ -24,7 +24,10 @@ class State(Protocol):
 
 
 class Strategy(Protocol):
-    """How to search. `run` owns the loop, the judging and the books."""
+    """How to search. `run` owns the loop, the judging and the books.
+
+    A strategy that is a dataclass may name fields in `by_row`: tuples of numbers that may be (B,) each, one for every row.
+    """
 
     def init(self, problem: Problem, steps: int) -> Any:
         """The state before the first look."""

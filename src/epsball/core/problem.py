@@ -40,7 +40,7 @@ class Problem:
     """A batch of B samples under attack.
 
     Attributes:
-        victim: the model. x: clean inputs (B, ...). goal, threat, objective: the adversary.
+        victim: the model. x: clean inputs (B, ...). goal, threat, objective: the adversary; an objective may have rows (`PerRow`).
         radius: budget (B,) float64. ids: content hashes (B,). clean: clean outputs (B, C), computed once.
         key: the randomness of this attack, for all rows or for each. tally: the ledger that every query is written to.
     """
