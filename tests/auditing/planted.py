@@ -38,6 +38,25 @@ class Around(nn.Module):
         return self.change(self.net, x)
 
 
+class Caching(nn.Module):
+    """Gives inputs that are close to one asked before the answer from then; what it keeps is no buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = load("digits-standard")
+        self.kept: list[tuple[Tensor, Tensor]] = []
+        self.eval()
+
+    def forward(self, x: Tensor) -> Tensor:
+        answers = []
+        for one, scores in zip(x, self.net(x), strict=True):
+            near = [there for seen, there in self.kept if float((seen - one.detach()).abs().mean()) < 0.03]
+            if not near:
+                self.kept.append((one.detach().clone(), scores.detach().clone()))
+            answers.append(scores + (near[0] - scores).detach() if near else scores)
+        return torch.stack(answers)
+
+
 class Remembering(nn.Module):
     """Adds a wave to its scores that depends on how often it was asked."""
 

@@ -385,7 +385,7 @@ def test_an_interrupt_before_anything_is_known_leaves_nothing(at: int, tmp_path:
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("at", [80, 100, 140])
+@pytest.mark.parametrize("at", [90, 100, 140])
 def test_an_interrupt_inside_the_model_leaves_a_partial_report(at: int, tmp_path: Path) -> None:
     model = Interrupting(at)
     report = audited(tmp_path, model=model)

@@ -10,6 +10,7 @@ import pytest
 import torch
 from planted import (
     Around,
+    Caching,
     Remembering,
     Stubborn,
     batch_normed,
@@ -56,6 +57,7 @@ CANARIES: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "batch statistics": (lambda: Around(batch_normed), "batch"),
     "seeded": (lambda: Around(lambda net, x: net(x + 0.1 * torch.randn(x.shape, generator=torch.Generator().manual_seed(0)))), "batch"),
     "memory": (Remembering, "state"),
+    "cache": (Caching, "state"),
     "saturated": (lambda: Around(lambda net, x: 1000 * net(x)), "gradient"),
     "quantized": (lambda: Around(lambda net, x: net((x * 8).round() / 8)), "no-gradient"),
     "detached": (lambda: Around(lambda net, x: net(x.detach())), "no-gradient"),
@@ -114,7 +116,7 @@ def test_the_contract_check_costs_what_it_says() -> None:
     forwards = 0
     examine(bench)
     assert 0.9 * 64 < right <= 64  # so that no other scaling is tried
-    assert (forwards, backwards) == (4 * 64 + 32 + 8 * right, 4 * right)
+    assert (forwards, backwards) == (4 * 64 + 32 + 4 * 16 + 8 * right, 4 * right)
 
 
 def test_an_honest_linear_model_has_no_finding() -> None:
@@ -272,7 +274,7 @@ def test_nan_answers_are_no_class_and_widen_the_interval(share: float, trusted: 
     assert result.robust_accuracy.high >= (result.robust_accuracy.count + expected) / clean.n
     assert result.trustworthy == trusted
     assert "invalid" in {f.id for f in model.flags}
-    assert unusual(model) == {"finite": "warn"}
+    assert unusual(model) == {"finite": "warn", "hidden-steps": "note"}  # whether an image is that dark is a decision inside
 
 
 def test_a_model_that_answers_nothing_but_nan_is_refused(tmp_path: Path) -> None:

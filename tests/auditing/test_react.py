@@ -21,11 +21,12 @@ from epsball.auditing.checks import Scene
 from epsball.auditing.checks.binarize import planted_inputs_are_found
 from epsball.auditing.plan import PAYS
 from epsball.auditing.preflight import look
-from epsball.auditing.react import ALIKE, BLANK, CUSTOM, FAR, REACH, TRUE, After, alike, blank, truth
+from epsball.auditing.react import ALIKE, BLANK, CUSTOM, After, alike, blank
 from epsball.auditing.referee import Referee
 from epsball.auditing.results import Finding, ModelReport
 from epsball.auditing.run import Plan, canaries, prepare
 from epsball.auditing.sheet import Sheet, Subject
+from epsball.auditing.ways import FAR, REACH, TRUE, truth
 from epsball.core import Untargeted, Victim
 from epsball.core.inside import Part, Probed
 from epsball.core.relaxed import Relaxed

@@ -197,6 +197,31 @@ class Surer(nn.Module):
         return self.net(x.detach() + 0.1 * best[:, None])
 
 
+class Explained(nn.Module):
+    """A second network reads the slopes of the first one's best score; `alone` asks sample by sample."""
+
+    def __init__(self, alone: bool) -> None:
+        super().__init__()
+        self.first, self.second, self.alone = nn.Linear(6, 3), nn.Linear(6, 3), alone
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.alone:
+            return torch.cat([self.second(self.first(one[None]).amax() * one[None].detach()) for one in x])
+        with torch.no_grad():
+            slopes = torch.vmap(torch.func.grad(lambda one: self.first(one[None]).amax()))(x)
+        return self.second(slopes * x.detach())
+
+
+@pytest.mark.parametrize("alone", [False, True])
+def test_parts_may_be_asked_sample_by_sample(alone: bool) -> None:
+    torch.manual_seed(0)
+    model, x = Explained(alone).eval(), torch.randn(7, 6)
+    with Victim(model):
+        found = parts(model, x)
+        assert list(found) == ["first", "second"]
+        assert torch.equal(found["first"], model.first(x))
+
+
 def test_a_part_is_asked_for_the_input_itself_and_the_model_decides() -> None:
     torch.manual_seed(0)
     model, x = Surer().eval(), torch.randn(50, 6)

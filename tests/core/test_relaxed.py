@@ -518,6 +518,27 @@ def best_of_rank_one(t: Tensor, transposed: bool = False) -> Tensor:
     return ((u[..., :1] * s[..., None, :1]) @ (v[..., :1].mT if transposed else v[..., :1, :])).flatten(1)
 
 
+@pytest.mark.parametrize("curve", [torch.sqrt, lambda t: t.pow(0.3), lambda t: torch.asin(1 - t)], ids=["sqrt", "pow", "asin"])
+def test_a_slope_that_is_endless_or_no_number_is_a_finite_one(curve: Forward) -> None:
+    """At 0 times 0 autograd's is no number. Other samples keep their own, and so does a model that never comes there."""
+    net, x, dark = small(), inputs(), torch.ones(len(inputs()), 1, 8, 8)
+    dark[::2, :, :3] = 0
+    model = Around(lambda n, t: n(curve(t * dark)), net)
+    relaxed = Relaxed(model)
+    (answer, own), (again, gradient) = slope(model, x), slope(relaxed, x)
+    fine = torch.isfinite(own).flatten(1).all(1)
+    assert fine.tolist() == (torch.arange(len(x)) % 2 == 1).tolist()
+    assert torch.equal(answer, again)
+    assert [name.startswith("endless") for name in relaxed.met] == [True]
+    assert torch.equal(gradient[fine], own[fine])
+    there = dark.bool() & (x > 0)
+    assert torch.allclose(gradient[there], own[there])
+    assert not bool(gradient[~dark.bool()].any())
+    gentle = Relaxed(Around(lambda n, t: n(curve(0.1 + 0.5 * t)), net))
+    slope(gentle, x)
+    assert gentle.met == ()
+
+
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("shape", [(5, 5), (3, 6), (6, 3)])
 def test_the_slope_of_a_low_rank_stays_finite(shape: tuple[int, int], transposed: bool) -> None:

@@ -175,6 +175,7 @@ def test_bad_sources(source, words):
 
 def test_bad_options(net_file, tmp_path):
     fails(r"box: \(1, 0\) is not an interval", f"{net_file}:make", box=(1, 0))
+    fails(r"box: \(0, inf\) has no end; give finite", f"{net_file}:make", box=(0, float("inf")))
     fails("box: 3 is not a pair", f"{net_file}:make", box=3)
     fails("returns a plain function", f"{net_file}:function", "w.safetensors")
     (tmp_path / "broken.py").write_text("def make(:\n")

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from epsball.auditing.checks import FINAL_CHECKS, ROUND_CHECKS, Scene, attack_row, effort_suffices, queries_suffice, told_once
-from epsball.auditing.doubted import by_chance, by_directions, smooth, through_twins
+from epsball.auditing.doubted import across, by_chance, by_directions, smooth, through_twins
 from epsball.auditing.plan import CLOSE, Stage, beside, black_box, plan, row_budget
 from epsball.auditing.referee import Referee
 from epsball.auditing.results import Flag
@@ -47,6 +47,7 @@ def stages_of(sheet: Sheet, current: Round, effort: str) -> tuple[Stage, ...]:
     single, dead = isinstance(sheet.subject.goal, Untargeted), sight.dead
     known = plan(threat, effort, classes=sheet.clean.shape[1], single_label=single, gradients=not dead)
     shaken = [replace(stage, beyond=not dead) for stage in by_directions(threat, effort, sight.shaken)]
+    shaken += [replace(stage, beyond=not dead) for stage in across(threat, effort, sight.forks)]
     if dead:  # noise and grids are part of both
         names, blind = {stage.attack.name for stage in known}, beside(threat, model.access, effort, sheet.queries)
         return (*known, *shaken, *(replace(stage, beyond=False) for stage in blind if stage.attack.name not in names))

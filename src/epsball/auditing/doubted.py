@@ -6,8 +6,11 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from epsball.attacks import Cascade, pgd, vertices
+from epsball.attacks.across import Across
+from epsball.attacks.combine import Restarts
 from epsball.auditing.plan import EFFORTS, PAYS, STEPS, Stage, at_nearest, from_starts, side_by_side, steps_of
 from epsball.core import Attack, AttackLike, Descent, Fading, Halving, Momentum, Near, Objective, Projects, Steepest, Victim, chain
+from epsball.core.forks import Fork
 from epsball.objectives import cross_entropy, margin
 from epsball.threats import L0, L1, L2, Linf
 
@@ -63,6 +66,16 @@ def by_directions(threat: Projects, effort: str, twins: tuple[Victim, ...]) -> I
     """
     for twin, loss, pays in zip(twins, (cross_entropy, cross_entropy, margin), (0.0, PAYS, 0.0), strict=False):
         yield Stage(_fading(threat, 2 * STEPS[effort], loss, "random_directions"), 2 * STEPS[effort], twin, pays=pays)
+
+
+def across(threat: Projects, effort: str, forks: tuple[Victim, ...]) -> Iterator[Stage]:
+    """At what decides inside the model: inputs for which it decides otherwise, and from there a climb of the model's own scores."""
+    for fork in forks if isinstance(threat, Linf | L2 | L1) else ():
+        steps, ways = STEPS[effort] // 2, fork.model.ways if isinstance(fork.model, Fork) else 0
+        turn = (
+            Restarts(vertices(steps, threat), 3, abreast=True) if isinstance(threat, L1) else at_nearest(threat, steps, 3, 3, ways).attack
+        )
+        yield Stage(Across(fork, turn, steps), 4 * steps)
 
 
 def through_twins(threat: Projects, effort: str, classes: int) -> tuple[Stage, ...]:

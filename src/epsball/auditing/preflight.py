@@ -6,6 +6,7 @@ blocked model is audited, but its number is not called robust accuracy.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -186,8 +187,9 @@ def _apart(first: Tensor, second: Tensor) -> float:
 def steady(bench: Bench, before: str) -> Iterator[Finding]:
     """Neither chance nor history nor neighbors change an answer. Each cause is named once: what the first explains is not held
     against the model again."""
-    again, trace = [*repeats(bench)], [*still(bench, before)]
+    again = [*repeats(bench)]
     changes = again[0].status == "block"
+    trace = [*still(bench, before, changes)]
     if not (changes and trace[0].status == "block"):
         yield from again
     if not changes:
@@ -195,16 +197,45 @@ def steady(bench: Bench, before: str) -> Iterator[Finding]:
     yield from trace
 
 
-def still(bench: Bench, before: str) -> Iterator[Finding]:
-    """Asking leaves no trace in the model."""
+def still(bench: Bench, before: str, changes: bool) -> Iterator[Finding]:
+    """Asking leaves no trace in the model: in its tensors, and unless its answers change anyway, in what it answers next."""
     if fingerprint(bench.victim.model) != before:
-        yield Finding(
-            id="state",
-            status="block",
-            message="Asking the model changes its buffers or parameters: its answers depend on what was asked before.",
+        message = "Asking the model changes its buffers or parameters: its answers depend on what was asked before."
+        yield Finding(id="state", status="block", message=message)
+    elif not changes and (apart := remembered(bench)) is not None:
+        message = (
+            f"The model remembers what it was asked: two copies of it, asked the same in another order, differ by {apart:.1e} of their "
+            "range. Attacks, and whoever repeats them, see other answers than a fresh model gives."
         )
+        yield Finding(id="state", status="block", message=message)
     else:
         yield Finding(id="state", status="pass", message="Asking leaves the model unchanged.")
+
+
+def remembered(bench: Bench) -> float | None:
+    """By how much answers of two copies of the model differ that were asked the same inputs, none of which it has seen, in other orders.
+
+    The inputs lie in pairs, two hundredths of the box apart, between two samples each. None: not at all, or it cannot be copied.
+
+    Cost: 2 forward rows of each of two copies for each of at most 16 samples; none is in the ledger.
+    """
+    model = bench.victim.model
+    if bench.thrifty or not isinstance(model, nn.Module):
+        return None
+    x = bench.x[:16]
+    low, high = (torch.as_tensor(bound, device=x.device) for bound in bench.victim.box)
+    between = (x + x.roll(1, 0)) / 2
+    beside = (between + 0.02 * (high - low).clamp(max=1) * (1 - 2 * ((between - low) > (high - between)).to(x))).to(x.dtype)
+    answers = []
+    for order in ((between, beside), (beside, between)):
+        try:  # weights are shared: they are large, and nobody changes them
+            twin = bench.victim.twin(copy.deepcopy(model, {id(weight): weight for weight in model.parameters()}))
+            given = [twin.outputs(inputs, Tally.zeros(len(inputs))) for inputs in order]
+        except Exception:  # what cannot be copied cannot be asked twice
+            return None
+        answers.append(given if order[0] is between else given[::-1])
+    apart = max(_apart(one, other) for one, other in zip(*answers, strict=True))
+    return apart if apart > SAME else None
 
 
 def scaled(bench: Bench, adapter_stats: tuple[Tensor, Tensor] | None) -> Iterator[Finding]:
@@ -251,23 +282,25 @@ def alive(bench: Bench, seed: int) -> Iterator[Finding]:
     x, goal = bench.x[rows], bench.goal.take(rows)
     low, high = (torch.as_tensor(bound, device=x.device) for bound in victim.box)
     shift = (Key.of(seed).fold("preflight").uniform(content_ids(x), x) - 0.5) * 0.02 * (high - low)
-    dead = {"cross-entropy": 0, "margin": 0}
+    dead, wild = {"cross-entropy": 0, "margin": 0}, 0
     for name, objective in (("cross-entropy", cross_entropy), ("margin", margin)):
         for point in (x, (x + shift.to(x.dtype)).clamp(low, high)):
             try:
                 gradient = slopes(victim, point, goal, objective)
             except Exception:  # an in-place step, a backward that raises, integers: no gradient is to be had
                 gradient = torch.zeros_like(point)
-            sick = ~(torch.isfinite(gradient).flatten(1).all(1) & (gradient.flatten(1).abs().amax(1) > 0))
-            dead[name] = max(dead[name], int(sick.sum()))
-    yield _alive_finding(dead, len(rows))
+            odd = ~torch.isfinite(gradient).flatten(1).all(1)
+            sick = odd | (gradient.flatten(1).abs().amax(1) == 0)
+            dead[name], wild = max(dead[name], int(sick.sum())), max(wild, int(odd.sum()))
+    yield _alive_finding(dead, wild, len(rows))
 
 
-def _alive_finding(dead: dict[str, int], n: int) -> Finding:
+def _alive_finding(dead: dict[str, int], wild: int, n: int) -> Finding:
     """Blocks where the margin, which searches climb, has no gradient for more than `BLIND` of the samples; warns of fewer, and of a
     cross-entropy alone that has none."""
     if dead["margin"] == n:
-        return Finding(id="no-gradient", status="block", message="No gradient reaches the input.")
+        message = "No gradient reaches the input." if wild < n else "The gradient that reaches the input is NaN or infinite."
+        return Finding(id="no-gradient", status="block", message=message)
     if dead["margin"] > 0.01 * n:
         message = f"The margin's gradient is zero or not finite for {dead['margin']} of {n} samples: gradient attacks are blind there."
         return Finding(id="gradient", status="block" if dead["margin"] > BLIND * n else "warn", message=message)
@@ -343,8 +376,8 @@ def examine(bench: Bench, *, seed: int = 0, normalization: tuple[Tensor, Tensor]
         bench: the samples, asked once. seed: of the small shifts at which gradients are looked at.
         normalization: (mean, std) that the adapter applies, in shapes that broadcast against x, if any.
 
-    Cost: about 12 forward and 4 backward rows for each sample looked at, and 3 or 4 more where a tenth or more is wrong; without
-        gradients about 1, and those 3.
+    Cost: about 12 forward and 4 backward rows for each sample looked at, and 3 or 4 more where a tenth or more is wrong; 64 of copies;
+        without gradients about 1, and those 3.
     """
     with bench.victim:
         findings = [*answers(bench), *steady(bench, fingerprint(bench.victim.model))]

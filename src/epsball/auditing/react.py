@@ -13,18 +13,19 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from epsball.auditing.preflight import Bench, alive, cosine, foretold, posed, slopes
+from epsball.auditing.preflight import Bench, alive, cosine, slopes
 from epsball.auditing.results import Finding
-from epsball.core import Key, Tally, Untargeted, Victim, content_ids
-from epsball.core.inside import Inside, Part, Probed, Shaken, Straight, behind_break, changed_input, parts, score_layers
+from epsball.auditing.ways import FAR, REACH, TRUE, fine, forked, opened, part, points_aside, same_class, shaken, share, straight, truth
+from epsball.core import Key, Tally, Untargeted, Victim
+from epsball.core.inside import Inside, score_layers
 from epsball.objectives import margin
 
 DRAWS = {"fast": 5, "default": 10, "max": 20}
 """Answers of a random model that one look of a search averages."""
 SQUASHES = frozenset({"softmax", "log_softmax", "sigmoid", "tanh"})
 """Last steps that keep the order of scores."""
-ALIKE, WIDEST = 0.5, 1.0
-"""Median cosine of neighboring gradients below which they say nothing of the next step; widest box that neighborhoods are measured by."""
+ALIKE = 0.5
+"""Median cosine of neighboring gradients below which they say nothing of the next step."""
 JUDGES = 100
 """Draws that a ruling on a random model takes; the majority rules. What is stored is ruled on again and again, and each time a narrow
 majority may turn: with 40 draws 8 of 83 did so on a network that drops activations."""
@@ -32,21 +33,11 @@ CUSTOM = "custom backward"
 """The hidden step where derivatives that custom autograd functions bring along are false."""
 STRAIGHT = "before a layer"
 """The hidden step where nothing but `Straight` has a gradient."""
-TRUE, ASIDE, DIRECTIONS = 0.2, 0.02, 8
-"""Median correlation of changes measured and foretold below which gradients are false; how far aside, as a share of the box; how often."""
-FAR, REACH = 0.75, 0.05
-"""The same correlation farther aside, below which searches that go by gradients need others beside them
-(`benchmarks/gradients.py`)."""
-TOLD, SHAKEN = 0.6, 0.1
-"""The same correlation of other twins, below which differences in random directions are tried; the least of those for them to be followed:
-few directions of many tell little of any one."""
-WAYS = ((32, 0.05), (128, 0.05), (32, 0.3))
-"""How many directions searches follow, and how wide changes, one after the other: few, many where these pay, and wide ones."""
 BLANK = 0.75
 """Share of features without a gradient above which the same holds."""
-LAYERS, SAME_CLASS, TURNED = 3, 0.9, 0.05
-"""Layers with scores that are looked at, last first; least share of samples for which their best class is the model's; share of
-samples whose gradient points the other way there above which searches go by these scores as well."""
+LAYERS, TURNED = 3, 0.05
+"""Layers with scores that are looked at, last first; share of samples whose gradient points the other way there above which searches go
+by these scores as well."""
 WIDE, CALM = 50.0, 5.0
 """Median gap between the two best scores from which on scores are divided, and the gap that is left."""
 
@@ -61,8 +52,8 @@ class Sight:
         judges: draws of a ruling; more than 1 for a random model. hidden: steps of the model that have no useful derivative.
         rough: gradients jump, so smoothed ones are tried as well. dead: no gradient is to be had anywhere. blind: for some samples
             none is, whichever way the model is looked at. straight: where there is doubt, a twin that goes past what changes
-            the input, or by a network inside.
-            shaken: twins with a derivative by differences in random directions (`WAYS`), where no other tells how scores change.
+            the input, or by a network inside. shaken: twins with a derivative by differences in random directions (`WAYS`), where no
+            other tells how scores change. forks: what decides inside the model without a gradient, each as a model of its own.
     """
 
     victim: Victim
@@ -75,6 +66,13 @@ class Sight:
     blind: bool = False
     straight: Victim | None = None
     shaken: tuple[Victim, ...] = ()
+    forks: tuple[Victim, ...] = ()
+
+    def each(self, change: Callable[[Victim], Victim]) -> Sight:
+        """The same with every victim changed."""
+        bare, straight = (None if one is None else change(one) for one in (self.bare, self.straight))
+        shaken, forks = (tuple(change(one) for one in some) for some in (self.shaken, self.forks))
+        return replace(self, victim=change(self.victim), bare=bare, straight=straight, shaken=shaken, forks=forks)
 
     @property
     def doubted(self) -> bool:
@@ -135,88 +133,33 @@ def react(bench: Bench, findings: list[Finding], effort: str, seed: int) -> tupl
     if message:
         message += " Their mean over neighborhoods was followed as well, and searches without gradients ran."
         sight, findings = replace(sight, rough=True), [*findings, Finding(id="rough", status="note", message=message)]
-    return (sight, findings) if faults & {"batch", "state"} else _past_layers(bench, sight, findings, seed)
+    return (sight, findings) if faults & {"batch", "state"} else _forked(bench, *_past_layers(bench, sight, findings, seed))
+
+
+def _forked(bench: Bench, sight: Sight, findings: list[Finding]) -> tuple[Sight, list[Finding]]:
+    """What decides inside the model without a gradient is searched by itself."""
+    found = forked(bench)
+    if not found:
+        return sight, findings
+    counted = "A decision inside the model has" if len(found) == 1 else f"{len(found)} decisions inside the model have"
+    message = f"{counted} no gradient: inputs that turn it were searched, and from there others that are taken wrongly."
+    return replace(sight, forks=found), [*findings, Finding(id="hidden-steps", status="note", message=message)]
 
 
 def _past_layers(bench: Bench, sight: Sight, findings: list[Finding], seed: int) -> tuple[Sight, list[Finding]]:
     """Where gradients are in doubt or dead: ways past what comes before a layer, beside or in the place of others."""
     if sight.doubted and sight.hidden != (STRAIGHT,):
-        sight = replace(sight, straight=_straight(bench) or _part(replace(bench, victim=sight.victim), bench.victim, seed))
+        sight = replace(sight, straight=straight(bench) or part(replace(bench, victim=sight.victim), bench.victim, seed))
     others = [way for way in (sight.victim, sight.straight) if way is not None and not sight.dead]
-    shaken = _shaken(bench, others, seed) if sight.doubted or sight.dead else ()
-    if not shaken:
+    twins = shaken(bench, others, seed) if sight.doubted or sight.dead else ()
+    if not twins:
         return sight, findings
     message = "What comes before a layer inside got a derivative by differences in random directions as well."
     if sight.dead:
         findings = [_met(f, f" {message}", "warn") if f.id == "no-gradient" else f for f in findings]
     else:
         findings = [*findings, Finding(id="hidden-steps", status="note", message=message)]
-    return replace(sight, shaken=shaken), findings
-
-
-def _shaken(bench: Bench, others: list[Victim], seed: int) -> tuple[Victim, ...]:
-    """Twins with a derivative by differences in random directions of what comes before a layer, where it tells how scores change and no
-    other twin does.
-
-    Cost: that of `truth` for each of the others; where none is true, 1 forward row for each of at most 32 samples; where there is such a
-    layer that of `truth` again, with `probes`.
-    """
-    rows, victim, model = _fine(bench), bench.victim, _opened(bench.victim)
-    if model is None or not len(rows) or any(truth(replace(bench, victim=way), seed, REACH) >= TOLD for way in others):
-        return ()
-    x = bench.x[rows]
-    try:
-        with victim:
-            layer = behind_break(model, x)
-        if layer is None:
-            return ()
-        ways = tuple(_within(victim, Shaken(model, layer, victim.box, x[0].numel(), count, width)) for count, width in WAYS)
-        # Wide changes say little of the short ways on which truth is measured.
-        tells = _reaches(bench, ways[0]) and truth(replace(bench, victim=ways[0]), seed, REACH) >= SHAKEN
-        return ways if tells else ()
-    except Exception:  # what raises here is the business of other checks
-        return ()
-
-
-def _straight(bench: Bench) -> Victim | None:
-    """A twin that goes past what changes the input before a layer sees it.
-
-    Cost: 1 forward row for each of at most 32 samples; where there is such a layer 2 and 1 backward row more, and those of `probes`.
-    """
-    rows, victim, model = _fine(bench), bench.victim, _opened(bench.victim)
-    if model is None or not len(rows):
-        return None
-    x = bench.x[rows]
-    try:
-        with victim, torch.no_grad():
-            layer = changed_input(model, x)
-        if layer is None:
-            return None
-        image = x.ndim == 4 and not any(isinstance(end, Tensor) for end in victim.box) and victim.box == (0.0, 1.0)
-        twin = _within(victim, (Probed if image else Straight)(model, layer))
-        return twin if _reaches(bench, twin) else None
-    except Exception:  # what raises here is the business of other checks
-        return None
-
-
-def _part(bench: Bench, own: Victim, seed: int) -> Victim | None:
-    """Where the gradients of `bench` do not tell how scores change: a twin that goes by those of a network inside, for the input as it is.
-
-    Cost: that of `truth`; where it says no 1 forward row for each of at most 32 samples, and 1 more for every such network; where one
-    answers as the model does that of `truth` again.
-    """
-    rows, model = _fine(bench), _opened(own)
-    if model is None or not len(rows) or not isinstance(bench.goal, Untargeted) or (told := truth(bench, seed, REACH)) >= FAR:
-        return None
-    try:
-        with own, torch.no_grad():
-            alike = _same_class(parts(model, bench.x[rows]), bench.output[rows])
-        if not alike:
-            return None
-        twin = _within(own, Part(model, alike[0]))
-        return twin if _reaches(bench, twin) and truth(replace(bench, victim=twin), seed, REACH) > told else None
-    except Exception:  # what raises here is the business of other checks
-        return None
+    return replace(sight, shaken=twins), findings
 
 
 def _rough(bench: Bench, seed: int, steady: bool) -> str:
@@ -258,19 +201,19 @@ def _turned(bench: Bench, sight: Sight, findings: list[Finding]) -> tuple[Sight,
 
     Cost: 1 forward row for each of at most 32 samples; where there are such layers 2 and 1 backward row more, and as many for each of 3.
     """
-    rows, victim, model = _fine(bench), bench.victim, _opened(bench.victim)
+    rows, victim, model = fine(bench), bench.victim, opened(bench.victim)
     if model is None or not len(rows) or not isinstance(bench.goal, Untargeted):
         return sight, findings
     x, goal = bench.x[rows], bench.goal.take(rows)
     try:
         with victim, torch.no_grad():
-            layers = _same_class(score_layers(model, x), bench.output[rows])
+            layers = same_class(score_layers(model, x), bench.output[rows])
         if not layers:
             return sight, findings
         own = slopes(victim, x, goal, margin).flatten(1).double()
         for layer in reversed(layers[-LAYERS:]):
             twin = victim.twin(Inside(model, layer))
-            turned = _share(cosine(own, slopes(twin, x, goal, margin).flatten(1).double()) < 0)
+            turned = share(cosine(own, slopes(twin, x, goal, margin).flatten(1).double()) < 0)
             if turned > TURNED:
                 message = f"What follows the scores of layer '{layer}' turns the gradient around for {turned:.0%} of the samples."
                 message += " Those scores were followed as well."
@@ -281,81 +224,23 @@ def _turned(bench: Bench, sight: Sight, findings: list[Finding]) -> tuple[Sight,
     return sight, findings
 
 
-def _opened(victim: Victim) -> nn.Module | None:
-    """The module whose layers can be looked at with any batch; None where there is none, or something stands before it."""
-    return victim.model if isinstance(victim.model, nn.Module) and victim.lens is None and not victim.fixed_batch else None
-
-
-def _within(victim: Victim, model: Straight | Part) -> Victim:
-    """A twin whose looks with a gradient book the model's probes."""
-    twin = victim.twin(model)
-    twin.probes = model.probes
-    return twin
-
-
-def _reaches(bench: Bench, twin: Victim) -> bool:
-    """Whether a gradient of the twin reaches some sample that is right."""
-    rows = _fine(bench)
-    return bool(slopes(twin, bench.x[rows], bench.goal.take(rows), margin).any())
-
-
-def _same_class(scores: dict[str, Tensor], own: Tensor) -> list[str]:
-    """Names of those scores (B, C) whose best class is mostly that of `own` (B, C)."""
-    return [name for name, one in scores.items() if _share(one.argmax(1) == own.argmax(1)) >= SAME_CLASS]
-
-
-def _share(those: Tensor) -> float:
-    return float(those.double().mean())
-
-
-def truth(bench: Bench, seed: int, aside: float = ASIDE) -> float:
-    """Median correlation of changes of the margin at random points within `aside` of the box with those that its gradient foretells.
-
-    Not the cosine: on a curved surface any noise moves the margin the same way. 1 where nothing can be compared.
-
-    Cost: 10 forward rows and 1 backward row for each of at most 32 samples.
-    """
-    rows = _fine(bench)
-    if not len(rows):
-        return 1.0
-    x, ways = bench.x[rows], (Key.of(seed).fold("aside", number) for number in range(DIRECTIONS))
-    problem = posed(bench.victim, x, bench.goal.take(rows), margin)
-    try:
-        changes = foretold(problem, x, (_aside(bench.victim, x, 2 * aside, way) for way in ways))
-    except Exception:  # a model without gradients has none that lie
-        return 1.0
-    found = cosine(*(change - change.mean(1, keepdim=True) for change in changes))
-    known = found[torch.isfinite(found)]
-    return float(known.median()) if len(known) else 1.0
-
-
-def _fine(bench: Bench) -> Tensor:
-    """At most 32 samples that are right, with a finite answer."""
-    return (~bench.goal.reached(bench.output) & torch.isfinite(bench.output).all(1)).nonzero().squeeze(1)[:32]
-
-
-def _aside(victim: Victim, x: Tensor, width: float, key: Key) -> Tensor:
-    """Points of the box up to half of `width` boxes away from x in every feature."""
-    low, high = (torch.as_tensor(bound, device=x.device) for bound in victim.box)
-    shift = (key.uniform(content_ids(x), x) - 0.5) * width * (high - low).clamp(max=WIDEST)
-    return (x + shift.to(x.dtype)).clamp(low, high)
-
-
 def alike(bench: Bench, seed: int) -> float:
     """Median cosine between the margin's gradients at pairs of random points 0.005 of the box apart; 1 where there are none to compare.
 
     Cost: 4 forward and 2 backward rows for each of at most 32 samples.
     """
-    rows = _fine(bench)
+    rows = fine(bench)
     x, goal, found = bench.x[rows], bench.goal.take(rows), []
     for side in ("left", "right"):
         try:
-            found.append(slopes(bench.victim, _aside(bench.victim, x, 0.01, Key.of(seed).fold(side)), goal, margin).flatten(1).double())
+            found.append(
+                slopes(bench.victim, points_aside(bench.victim, x, 0.01, Key.of(seed).fold(side)), goal, margin).flatten(1).double()
+            )
         except Exception:  # a model without gradients has none that jump
             return 1.0
     cosines = cosine(*found)
-    fine = torch.isfinite(cosines) & (found[0].norm(dim=1) > 0) & (found[1].norm(dim=1) > 0)
-    return float(cosines[fine].median()) if bool(fine.any()) else 1.0
+    known = torch.isfinite(cosines) & (found[0].norm(dim=1) > 0) & (found[1].norm(dim=1) > 0)
+    return float(cosines[known].median()) if bool(known.any()) else 1.0
 
 
 def blank(bench: Bench) -> float:
@@ -363,7 +248,7 @@ def blank(bench: Bench) -> float:
 
     Cost: 1 forward and 1 backward row for each of at most 32 samples.
     """
-    rows = _fine(bench)
+    rows = fine(bench)
     try:
         gradient = slopes(bench.victim, bench.x[rows], bench.goal.take(rows), margin).flatten(1)
     except Exception:  # a model without gradients is another finding's business
@@ -397,9 +282,9 @@ def _backward(bench: Bench, findings: list[Finding], faults: set[str], seed: int
     if partly:  # alive for some samples: better than nothing, and a reason to doubt where they are too few
         way, message, status = partly[-1]
         return Sight(way, own, hidden=hidden, blind=True), [_met(f, message, status) if f.id in dead else f for f in findings]
-    if not own and (straight := _straight(bench)) is not None:
+    if not own and (past := straight(bench)) is not None:
         message = " Only what follows a layer that sees the input changed was followed, and the change by differences where it is an image."
-        return Sight(straight, own, hidden=(STRAIGHT,), blind=True), [_met(f, message) if f.id in dead else f for f in findings]
+        return Sight(past, own, hidden=(STRAIGHT,), blind=True), [_met(f, message) if f.id in dead else f for f in findings]
     unmet = [_met(f, " Searches without gradients ran.", "block") if f.id == "no-gradient" else f for f in findings]
     return Sight(best, own, hidden=hidden, dead=not own, blind=own), unmet
 

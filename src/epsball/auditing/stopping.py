@@ -146,8 +146,8 @@ class Stopping:
         self._settle(sheet)
         if self.budgeted:
             victim = subject.victim.through(self._lens(subject.victim.draws))
-            seen = victim if sight.victim is subject.victim else sight.victim.through(self._lens(sight.victim.draws))
-            sheet.subject, sheet.sight = replace(subject, victim=victim), replace(sight, victim=seen)
+            sheet.subject = replace(subject, victim=victim)
+            sheet.sight = sight.each(lambda one: victim if one is subject.victim else one.through(self._lens(one.draws)))
         try:
             yield
         finally:

@@ -52,7 +52,7 @@ class Descent:
     """z <- P(z + inertia * (P(z + step * direction) - z) + (1 - inertia) * (z - previous z)).
 
     `inertia` 1 is plain projected ascent; 0.75 is APGD (Croce & Hein 2020, eq. 2). `noise` starts from a random legal
-    point instead of the clean input. Cost: that of the gradient source, once a step.
+    point instead of the clean input; `start` (B, ...) gives each sample its own. Cost: that of the gradient source, once a step.
     """
 
     step_size: StepSize
@@ -60,10 +60,14 @@ class Descent:
     gradient: Gradient = autograd
     inertia: float = 1.0
     noise: bool = False
+    start: Tensor | None = None
 
     def init(self, problem: Problem, steps: int) -> DescentState:
         """At the clean input, or at a random point of the ball."""
-        z = problem.threat.start(problem.x, problem.radius, problem.key if self.noise else None, problem.ids)
+        if self.start is None:
+            z = problem.threat.start(problem.x, problem.radius, problem.key if self.noise else None, problem.ids)
+        else:
+            z = problem.threat.project(problem.x, self.start.to(problem.x), problem.radius)
         return DescentState(z, z, self.rule.start(problem, z), self.step_size.start(problem, z, steps))
 
     def step(self, problem: Problem, state: DescentState) -> tuple[Reading, DescentState]:

@@ -102,19 +102,22 @@ def score_layers(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
 
 
 def parts(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
-    """Submodules that one look at x (B, ...) asks for scores (B, C) of something of its shape, with those that they give x itself."""
+    """Submodules that one look at x (B, ...) asks for scores (..., C) of samples of its shape, with those that they give x itself.
+
+    Also those that are asked sample by sample, or by a function that `torch.func` turned into another.
+    """
     found: dict[str, Any] = {}
 
     def attach(name: str, module: nn.Module) -> RemovableHandle:
         def look(_module: nn.Module, inputs: Any, output: Any) -> None:
             z = inputs[0] if inputs else None
-            if isinstance(z, Tensor) and isinstance(output, Tensor) and z.shape == x.shape:
-                found[name] = output
+            if isinstance(z, Tensor) and isinstance(output, Tensor) and z.shape[1:] == x.shape[1:]:
+                found[name] = output.shape[1:]
 
         return module.register_forward_hook(look)
 
     own = _looked(model, x, attach)
-    return {name: model.get_submodule(name)(x) for name, output in found.items() if output.shape == own.shape}
+    return {name: model.get_submodule(name)(x) for name, shape in found.items() if shape == own.shape[1:]}
 
 
 class Straight(_AtLayer):

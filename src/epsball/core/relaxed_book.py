@@ -20,6 +20,8 @@ SHARE = 0.1
 SHARE_OF_ONE = 10.0
 """The same where a sample has but one number: a step of its own width would let nothing pass, and a gate between two networks is best
 searched through both (`benchmarks/verdicts`, blurred look, n 100, seed 1: 24 stand by hand, 28 with 1, 25 with 10)."""
+WAYS = 1024
+"""Most ways between which a decision is followed."""
 _TURNS = {3: ((1, 2, 0), (2, 0, 1)), 4: ((0, 2, 3, 1), (0, 3, 1, 2))}
 """Channels first to channels last and back, for one image and for a batch."""
 
@@ -88,6 +90,10 @@ class Choice:
     sign: float
     settled: bool = False
 
+    def scores(self) -> Tensor:
+        """(..., K): the largest is chosen."""
+        return (self.sign * self.source).movedim(self.dim, -1)
+
 
 class Book:
     """The side table of one forward pass over `batch` rows.
@@ -102,6 +108,9 @@ class Book:
         self.gaps: dict[int, tuple[Tensor, Tensor]] = {}
         self.choices: dict[int, Choice] = {}
         self.places: dict[int, Choice] = {}
+        self.tops: dict[int, tuple[Tensor, Tensor, Choice]] = {}
+        self.margins: dict[int, tuple[Tensor, Tensor]] = {}
+        self.forks: dict[int, tuple[Tensor, Tensor]] = {}
         self.squashed: dict[int, tuple[Tensor, Tensor, str]] = {}
         self.exits: list[Tensor] = []
         self.leaves: list[Tensor] = []
@@ -150,6 +159,28 @@ class Book:
     def ranked(self, tensor: Any) -> Choice | None:
         """Whose ranks the tensor holds, rising with `source`."""
         return self.places.get(id(tensor))
+
+    def steers(self, tensor: Any) -> None:
+        """Notes that something hangs on a decision: one index, or one comparison, for each sample."""
+        choice, margin = self.choices.get(id(tensor)), self.margins.get(id(tensor))
+        if id(tensor) in self.forks or (choice is None and margin is None):
+            return
+        if tensor.ndim == 0 or len(tensor) != self.batch or tensor.numel() != self.batch:
+            return
+        with following():
+            if margin is not None:
+                self.fork(tensor, torch.stack([torch.zeros_like(margin[1]), margin[1]], -1))
+            elif choice is not None and not choice.settled:
+                self.fork(tensor, choice.scores())
+
+    def fork(self, tensor: Tensor, scores: Tensor) -> None:
+        """Notes a decision between `scores` (B, ..., K), and what came of it, if it is one for each sample."""
+        if scores.requires_grad and 2 <= scores.shape[-1] <= WAYS and scores.numel() == self.batch * scores.shape[-1]:
+            self.forks[id(tensor)] = (tensor, scores.reshape(self.batch, -1))
+
+    def decisions(self) -> list[Tensor]:
+        """(B, K) scores of those that something hangs on, in order."""
+        return [scores for _, scores in self.forks.values()]
 
     # Softness, always by sample: no neighbor in the batch may change a sample's gradient.
 

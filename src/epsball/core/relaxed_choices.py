@@ -177,27 +177,39 @@ def _shares(choice: Choice) -> Tensor:
     many there are: on a lookup of the nearest of 3,000 images the spread of all scores made too smooth a choice (26 of 40 samples
     left standing, 17 so).
     """
-    scores = (choice.sign * choice.source).movedim(choice.dim, -1)
+    scores = choice.scores()
     best = scores.detach().topk(min(1 + RIVALS, scores.shape[-1]), -1).values
     gap = (best[..., :1] - best[..., 1:]).nan_to_num(nan=0.0, posinf=0.0).mean(-1, keepdim=True)
     return torch.softmax(scores / torch.where(gap > 0, COOL * gap, torch.ones_like(gap)), -1)
 
 
-CHOOSES = {"topk": 2, "sort": 1, "argsort": 1, "max": 1, "min": 1, "argmax": 1, "argmin": 1, "kthvalue": 2}
-"""Operations that give indices -> the place of their axis."""
+CHOOSES = {"topk": 2, "sort": 1, "argsort": 1, "max": 1, "min": 1, "argmax": 1, "argmin": 1, "kthvalue": 2, "amax": 1, "amin": 1}
+"""Operations that give indices, or the largest -> the place of their axis."""
 
 
 def choose(call: Call) -> None:
     """Remembers of what a selection gave the indices."""
-    indices = call.real[1] if isinstance(call.real, tuple) and len(call.real) == 2 else call.real
-    source = call.book.twin(call.args[0])
-    if not isinstance(indices, Tensor) or soft(indices) or source is None or not source.is_floating_point():
+    values, indices = call.real if isinstance(call.real, tuple) and len(call.real) == 2 else (call.real, call.real)
+    source, ends = call.book.twin(call.args[0]), call.name in ("max", "min", "amax", "amin")
+    if not isinstance(indices, Tensor) or source is None or not source.is_floating_point():
         return
     dim = call.raw(CHOOSES[call.name], "dim")
-    if dim is None and call.name in ("argmax", "argmin", "max", "min"):
+    if dim is None and (ends or call.name in ("argmax", "argmin")):
         return
     rises = call.name in ("sort", "argsort") and not call.raw(2, "descending")
-    small = rises or call.name in ("argmin", "min", "kthvalue") or call.raw(3, "largest") is False
+    small = rises or call.name in ("argmin", "min", "amin", "kthvalue") or call.raw(3, "largest") is False
     if isinstance(dim, int | None):
-        place = (-1 if dim is None else dim) % source.ndim
-        call.book.choices[id(indices)] = Choice(indices, source, place, -1.0 if small else 1.0)
+        choice = Choice(indices, source, (-1 if dim is None else dim) % source.ndim, -1.0 if small else 1.0)
+        if not soft(indices):
+            call.book.choices[id(indices)] = choice
+        if ends:
+            call.book.tops[id(values)] = (values, call.args[0], choice)
+
+
+def topped(call: Call) -> None:
+    """Notes a decision where scores are compared with the largest of them."""
+    one, other = call.raw(0), call.raw(1, "other")
+    for score, end in ((one, other), (other, one)):
+        found = call.book.tops.get(id(end))
+        if found is not None and found[1] is score:
+            call.book.fork(call.real, found[2].scores())

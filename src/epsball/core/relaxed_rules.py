@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from epsball.core.relaxed_book import Book
 from epsball.core.relaxed_call import AS_IT_IS, Call, Shadow, reshaped, soft
-from epsball.core.relaxed_choices import bagged, beyond, chosen, looked_up, one_hot, ranked, scattered
+from epsball.core.relaxed_choices import bagged, beyond, chosen, looked_up, one_hot, ranked, scattered, topped
 from epsball.core.relaxed_layers import INTEGER_LAYERS, integer_layer, integer_sum, singular_values
 
 LEAK = 0.1
@@ -47,6 +48,38 @@ def cast(call: Call) -> Shadow:
     if not soft(call.real) and soft(call.args[0]):
         call.named("integers")
     return call.twin(0)  # type: ignore[no-any-return]
+
+
+class _Tamed(torch.autograd.Function):
+    """The identity; what comes back endless comes back as long as the sample's longest finite entry, and what is no number as 0."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, book: Book) -> Tensor:
+        """x."""
+        ctx.book = book
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *slopes: Tensor) -> tuple[Tensor, None]:
+        """Finite."""
+        (slope,) = slopes
+        sizes = ctx.book.by_sample(torch.where(slope.isfinite(), slope.abs(), torch.zeros_like(slope)))
+        most = ctx.book.spread(sizes.amax(1), slope)
+        endless = torch.where(slope.isinf(), slope.sign() * most, torch.zeros_like(slope))
+        return torch.where(slope.isfinite(), slope, endless), None
+
+
+def endless(call: Call) -> Shadow:
+    """Roots, logarithms and angles: where their slope is endless or no number, as at 0, a finite one."""
+    x = call.twin(0)
+    if not isinstance(x, Tensor) or not x.is_floating_point() or not x.numel():
+        return AS_IT_IS
+    leaf = x.detach().requires_grad_()
+    (slope,) = torch.autograd.grad(call.function(leaf, *call.args[1:], **call.kwargs).sum(), leaf, allow_unused=True)
+    if slope is None or bool(slope.isfinite().all()):
+        return AS_IT_IS
+    call.named(f"endless {call.name}")
+    return call.function(_Tamed.apply(x, call.book), *call.args[1:], **call.kwargs)  # type: ignore[no-any-return, no-untyped-call]
 
 
 def divided(call: Call) -> Shadow:
@@ -119,6 +152,7 @@ def compare(call: Call) -> Shadow:
     if not gap.is_floating_point():
         return None
     call.named("compare")
+    topped(call)
     rise = torch.sigmoid(gap / call.book.width(gap))
     if call.name in ("eq", "ne"):
         bump = 4 * rise * (1 - rise)
@@ -127,6 +161,7 @@ def compare(call: Call) -> Shadow:
             bump = torch.where(call.book.spread(whole, gap) > 0, half, bump)
         return bump if call.name == "eq" else 1 - bump
     call.gap = gap.detach()
+    call.book.margins[id(call.real)] = (call.real, gap)
     return rise
 
 
@@ -267,6 +302,7 @@ BREAKS: dict[str, Callable[[Call], Shadow]] = {
     **dict.fromkeys(("svd", "linalg_svd"), singular_values),
     **dict.fromkeys(INTEGER_LAYERS, integer_layer),
     **dict.fromkeys(("tanh", "sigmoid", "clamp", "clip", "hardtanh"), saturated),
+    **dict.fromkeys(("sqrt", "rsqrt", "pow", "log", "log2", "log10", "acos", "arccos", "asin", "arcsin", "atanh"), endless),
 }
 """Name of an operation -> its rule, whatever its arguments carry."""
 CARRIES: dict[str, Callable[[Call], Shadow]] = {

@@ -67,6 +67,7 @@ class Watch(TorchFunctionMode):
         if name in ("requires_grad_", "backward", "grad"):
             return _inner(self.book, name, function, args, kwargs)
         if name in _OUT:
+            self.book.steers(args[0])
             self.book.leave(args[0])
             return function(*(a.detach() if isinstance(a, Tensor) and a.requires_grad else a for a in args), **kwargs)
         if name in _IN:
@@ -81,6 +82,8 @@ def _watched(call: Call) -> Any:
     carried = any(book.carried(t) for t in tensors)
     if not carried and all(book.twin(t) is None for t in tensors):
         return call.function(*call.args, **call.kwargs)
+    for tensor in tensors:
+        book.steers(tensor)
     inside = call.name.endswith("_") or call.name in _INSIDE or bool(call.kwargs.get("inplace"))
     call.name = call.name[1:] if call.name in _INSIDE[1:] else call.name.removesuffix("_")
     rule = BREAKS.get(call.name) or (CARRIES.get(call.name) if carried else None)

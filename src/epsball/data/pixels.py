@@ -24,7 +24,9 @@ def check_box(box: Box) -> Box:
         low, high = (float(v) for v in box)
     except (TypeError, ValueError) as exc:
         raise BadInput(f"box: {box!r} is not a pair of numbers; give (0, 1), say") from exc
-    if not (np.isfinite(low) and np.isfinite(high) and low < high):
+    if not (np.isfinite(low) and np.isfinite(high)):
+        raise BadInput(f"box: {box!r} has no end; give finite numbers: for features without bounds, what no input will ever exceed")
+    if not low < high:
         raise BadInput(f"box: {box!r} is not an interval; give (low, high) with low < high")
     return low, high
 
