@@ -156,7 +156,7 @@ def test_gradients_that_are_dead_in_part_bring_them_too(tmp_path: Path) -> None:
         return net(torch.where(dark[:, None, None, None], (x * 16).round() / 16, x))
 
     told = audited(tmp_path, model=wrap(Around(change)), data=digits(), threats="linf:0.1").models[0]
-    assert unusual(told) == {"gradient": "warn"}
+    assert unusual(told) == {"gradient": "warn", "hidden-steps": "note"}  # which are rounded is a decision inside
     searches = [name for name in named_attacks(told)[0] if not name.startswith("check")]
     assert searches[:2] == ["pgd", "noise"]
     assert "apgd_t" in searches
