@@ -40,7 +40,7 @@ def test_a_gate_is_crossed_wherever_the_budget_reaches(threat: Linf | L2 | L1) -
     with Victim(model, box=BOX) as victim:
         (fork,) = forks(model, x[:8])
         turn: AttackLike = vertices(20, threat) if isinstance(threat, L1) else apgd(20, threat=threat, objective=margin)
-        across = Across(victim.twin(fork), turn, 10)
+        across = Across(victim.twin(fork), turn, 1, 10)
         found = across(victim, x, y, radius, 0)
         plain = apgd(40, threat=threat)(victim, x, y, radius, 0)
         assert not bool(found.reached[share > 1].any())
@@ -63,7 +63,7 @@ def test_what_it_costs_is_booked() -> None:
     with Victim(model, box=BOX) as victim:
         (fork,) = forks(model, x[:8])
         model.register_forward_hook(count)
-        found = Across(victim.twin(fork), apgd(5, threat=Linf(), objective=margin), 4)(victim, x, y, 0.3, 0)
+        found = Across(victim.twin(fork), apgd(5, threat=Linf(), objective=margin), 1, 4)(victim, x, y, 0.3, 0)
     assert int(found.queries.sum()) == asked
 
 
@@ -71,6 +71,6 @@ def test_who_is_wrong_already_costs_nothing() -> None:
     model, x = Gate(), tensor(rng(2).normal(size=(20, 10)))
     with Victim(model, box=BOX) as victim:
         (fork,) = forks(model, x[:8])
-        found = Across(victim.twin(fork), apgd(5, threat=Linf(), objective=margin), 4)(victim, x, (x @ model.w <= 0).long(), 0.3, 0)
+        found = Across(victim.twin(fork), apgd(5, threat=Linf(), objective=margin), 1, 4)(victim, x, (x @ model.w <= 0).long(), 0.3, 0)
     assert bool(found.reached.all())
     assert found.queries.tolist() == [1] * 20

@@ -46,6 +46,29 @@ def one_by_one(m: Routed, x: Tensor) -> Tensor:
     return torch.stack([m.experts[k](one) for one, k in zip(x, m.router(x).argmax(1).tolist(), strict=True)])
 
 
+def two_of_three(m: Routed, x: Tensor) -> Tensor:
+    scores, chosen = m.router(x).topk(2, 1)
+    table = torch.stack([expert(x) for expert in m.experts], 1)
+    return (table.gather(1, chosen[:, :, None].expand(-1, -1, 4)) * scores.softmax(1)[:, :, None]).sum(1)
+
+
+def first_of_an_order(m: Routed, x: Tensor) -> Tensor:
+    chosen = m.router(x).argsort(1, descending=True)[:, :2]
+    return torch.stack([expert(x) for expert in m.experts], 1).gather(1, chosen[:, :, None].expand(-1, -1, 4)).sum(1)
+
+
+@pytest.mark.parametrize("route", [two_of_three, first_of_an_order])
+def test_of_several_that_are_chosen_the_last_decides(route: Forward) -> None:
+    model, x = Routed(route), tensor(rng(3).normal(size=(9, 6)))
+    (fork,) = forks(model, x)
+    seen, scores = fork(x), model.router(x)
+    best = scores.argmax(1, keepdim=True)
+    assert torch.equal(seen.argmax(1), scores.scatter(1, best, -torch.inf).argmax(1))
+    others = torch.ones_like(scores, dtype=torch.bool).scatter(1, best, False)
+    assert torch.equal(seen[others], scores[others])
+    assert torch.equal(seen.gather(1, best), scores.amin(1, keepdim=True))
+
+
 def early(m: Routed, x: Tensor) -> Tensor:
     out = m.experts[0](x)
     unsure = m.router(x)[:, 0] < 0.1
@@ -99,6 +122,7 @@ def test_the_scores_of_a_comparison_are_zero_and_by_how_much_it_holds() -> None:
         lambda m, x: m.experts[0](x / x.abs().max(1, keepdim=True).values),  # no index is used
         lambda m, x: m.experts[0](x) * (x.abs().max() < 99),  # one for all samples
         lambda m, x: m.experts[0](x) * (len(x) < 99),
+        lambda m, x: m.experts[0](x.gather(1, x.argsort(1))),  # all are chosen
         lambda m, x: torch.where(torch.arange(len(x))[:, None] > 3, m.experts[0](x), m.experts[1](x)),  # not of the input
     ],
 )

@@ -342,6 +342,18 @@ def codebook(net: nn.Module, x: Tensor) -> Tensor:
     return net(words[(x.reshape(len(x), 64, 1, 1) - words).square().sum(-1).argmin(-1)])
 
 
+def product_codebook(net: nn.Module, x: Tensor) -> Tensor:
+    words = tensor(rng(7).random((8, 6, 8)))
+    far = (x.reshape(len(x), 8, 1, 8) - words).square().sum(-1)
+    return net(words[torch.arange(8), far.argmin(2)])
+
+
+def product_codebook_turned(net: nn.Module, x: Tensor) -> Tensor:
+    words = tensor(rng(7).random((8, 6, 8)))
+    far = (x.reshape(len(x), 8, 1, 8) - words).square().sum(-1)
+    return net(words.transpose(0, 1)[far.argmin(2), torch.arange(8)])
+
+
 def inference(net: nn.Module, x: Tensor) -> Tensor:
     with torch.inference_mode():
         return net(x)
@@ -400,6 +412,8 @@ RULES: dict[str, tuple[Change, tuple[str, ...]]] = {
     "look-up": (lambda net, x: net(TABLE[(x * 7).long()]), ("integers", "lookup")),
     "embedding": (lambda net, x: net(F.embedding((x * 7).long(), TABLE[:, None])), ("integers", "lookup")),
     "codebook": (codebook, ("lookup",)),
+    "product codebook": (product_codebook, ("lookup",)),
+    "product codebook, turned": (product_codebook_turned, ("lookup",)),
     "bag of words": (bag_of_words, ("integers", "lookup", "round")),
     "ranks": (lambda net, x: net(x.flatten(1).argsort(1).argsort(1) / 63), ("ranks",)),
     "ranks by sorting": (lambda net, x: net(x.flatten(1).sort(1, descending=True)[1].sort(1)[1] / 63), ("ranks",)),

@@ -6,9 +6,25 @@ from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
-from epsball.attacks.combine import merged, nothing, opened
+from epsball.attacks.combine import Case, Stage, merged, nothing, opened, union
 from epsball.attacks.vertices import Vertices
-from epsball.core import Attack, AttackLike, Descent, Drop, Goal, Halving, Key, Model, Outcome, Projects, Strategy, Tally, Victim, Watch
+from epsball.core import (
+    Attack,
+    AttackLike,
+    Descent,
+    Drop,
+    Goal,
+    Halving,
+    Key,
+    Model,
+    Outcome,
+    Projects,
+    Strategy,
+    Tally,
+    Targeted,
+    Victim,
+    Watch,
+)
 from epsball.core.attack import recipe
 from epsball.core.problem import ends
 from epsball.objectives import cross_entropy
@@ -17,15 +33,16 @@ from epsball.threats import L1
 
 @dataclass(frozen=True, repr=False)
 class Across:
-    """Turns a decision inside the model, within the budget, and climbs the model's own scores from there.
+    """Turns a decision inside the model to one other way after another, nearest first, and climbs the model's own scores from there.
 
     Attributes:
-        fork: answers with the scores between which the model decides (`core.forks`). turn: attacks that, at the way it takes for the
-            clean input. steps: of the climb. Linf, L2 or L1.
+        fork: answers with the scores between which the model decides (`core.forks`). turn: attacks that, at one way. ways: most of them
+            that are tried. steps: of each climb. Linf, L2 or L1.
     """
 
     fork: Victim = field(repr=False)
     turn: AttackLike
+    ways: int
     steps: int
     name: str = "across"
 
@@ -46,22 +63,31 @@ class Across:
         drop: Drop = True,
         watch: Watch | None = None,
     ) -> Outcome:
-        """As `Attack.__call__`. Cost: 1 forward for the decision, that of the attack on it, and steps forwards and backwards."""
+        """As `Attack.__call__`. Cost: 1 forward for the decision; for each way that of the attack on it, steps forwards and backwards."""
         with Victim.of(model) as victim:
-            case = opened(victim, x, goal, radius, clean, seed)
-            whole = nothing(case, self.threat.within(victim.box), self.steps)
+            case, threat = opened(victim, x, goal, radius, clean, seed), self.threat.within(victim.box)
+            whole = nothing(case, threat, self.steps)
             rows = (~whole.reached & ~whole.flags["invalid"]).nonzero().squeeze(1)
             if not len(rows):
                 return whole
-            part = case.take(rows)
-            c, tally = replace(part, key=part.key.fold(self.name)), Tally.zeros(len(rows))
-            scores = self.fork.outputs(c.x, tally)
-            turned = self.turn(self.fork, c.x, scores.argmax(1), c.radius, c.key, clean=scores, watch=watch)
+            part, tally = replace(case.take(rows), queries=0), Tally.zeros(len(rows))
+            scores = self.fork.outputs(part.x, tally)
+            order = scores.argsort(1, descending=True)
+            ways = range(1, min(self.ways + 1, order.shape[1]))
+            found = union(part, threat, [self._way(scores, order, rank, watch) for rank in ways], self.steps, ends(drop))
+        return merged(whole, rows, replace(found, queries=found.queries + tally.forwards))
+
+    def _way(self, scores: Tensor, order: Tensor, rank: int, watch: Watch | None) -> Stage:
+        """At the way of that rank."""
+
+        def ran(c: Case, rows: Tensor) -> Outcome:
+            c, target = replace(c, key=c.key.fold(self.name, rank)), Targeted(order[rows, rank])
+            turned = self.turn(self.fork, c.x, target, c.radius, c.key, clean=scores[rows], watch=watch)
             climb = Attack("onward", self.threat, cross_entropy, self._from(turned.x_adv), self.steps)
-            found = c.run(climb, drop[rows] if isinstance(drop, Tensor) else ends(drop), watch)
-            queries = found.queries + turned.queries + tally.forwards
-            spent = replace(found, queries=queries, backwards=found.backwards + turned.backwards)
-        return merged(whole, rows, spent)
+            found = c.run(climb, True, watch)
+            return replace(found, queries=found.queries + turned.queries, backwards=found.backwards + turned.backwards)
+
+        return ran
 
     def _from(self, start: Tensor) -> Strategy:
         if isinstance(self.threat, L1):

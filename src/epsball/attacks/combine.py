@@ -109,7 +109,7 @@ WIDE = 1024
 """Rows of a batch that runs side by side may fill."""
 
 
-def _union(case: Case, threat: Projects, stages: list[Stage], steps: int, drop: bool) -> Outcome:
+def union(case: Case, threat: Projects, stages: list[Stage], steps: int, drop: bool) -> Outcome:
     """Runs stages in turn, each on the samples that no stage before it has broken (all that began unbroken if not `drop`)."""
     whole = nothing(case, threat, steps)
     begun = ~whole.reached & ~whole.flags["invalid"]
@@ -138,7 +138,7 @@ def _repeated(case: Case, threat: Projects, turn: Turn, runs: range, abreast: Ab
 
         return ran
 
-    return _union(case, threat, [stage(number) for number in runs], len(runs), drop)
+    return union(case, threat, [stage(number) for number in runs], len(runs), drop)
 
 
 def _abreast(case: Case, threat: Projects, turn: Turn, runs: range, counts: Tensor, drop: bool, watch: Watch | None) -> Outcome:
@@ -284,7 +284,7 @@ class Cascade:
 
         with Victim.of(model) as victim:
             case = opened(victim, x, goal, radius, clean, seed)
-            return _union(
+            return union(
                 case, self.threat.within(case.victim.box), [stage(attack) for attack in self.attacks], len(self.attacks), ends(drop)
             )
 

@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 
-from epsball.attacks import Cascade, pgd, vertices
+from epsball.attacks import Cascade, apgd, pgd, vertices
 from epsball.attacks.across import Across
-from epsball.attacks.combine import Restarts
 from epsball.auditing.plan import EFFORTS, PAYS, STEPS, Stage, at_nearest, from_starts, side_by_side, steps_of
 from epsball.core import Attack, AttackLike, Descent, Fading, Halving, Momentum, Near, Objective, Projects, Steepest, Victim, chain
 from epsball.core.forks import Fork
@@ -71,11 +70,9 @@ def by_directions(threat: Projects, effort: str, twins: tuple[Victim, ...]) -> I
 def across(threat: Projects, effort: str, forks: tuple[Victim, ...]) -> Iterator[Stage]:
     """At what decides inside the model: inputs for which it decides otherwise, and from there a climb of the model's own scores."""
     for fork in forks if isinstance(threat, Linf | L2 | L1) else ():
-        steps, ways = STEPS[effort] // 2, fork.model.ways if isinstance(fork.model, Fork) else 0
-        turn = (
-            Restarts(vertices(steps, threat), 3, abreast=True) if isinstance(threat, L1) else at_nearest(threat, steps, 3, 3, ways).attack
-        )
-        yield Stage(Across(fork, turn, steps), 4 * steps)
+        steps, ways = STEPS[effort] // 2, min(9, fork.model.ways - 1 if isinstance(fork.model, Fork) else 1)
+        turn = vertices(steps, threat) if isinstance(threat, L1) else apgd(steps, threat=threat, objective=margin)
+        yield Stage(Across(fork, turn, ways, steps), 2 * steps * ways)
 
 
 def through_twins(threat: Projects, effort: str, classes: int) -> tuple[Stage, ...]:

@@ -90,9 +90,13 @@ class Choice:
     sign: float
     settled: bool = False
 
-    def scores(self) -> Tensor:
-        """(..., K): the largest is chosen."""
-        return (self.sign * self.source).movedim(self.dim, -1)
+    def scores(self, chosen: int = 1) -> Tensor:
+        """(..., K): the largest is chosen; of several, the last of them, before the others are as low as the lowest."""
+        scores = (self.sign * self.source).movedim(self.dim, -1)
+        if chosen == 1:
+            return scores
+        first = scores.detach().topk(min(chosen - 1, scores.shape[-1]), -1).indices
+        return scores.scatter(-1, first, scores.detach().amin(-1, keepdim=True).expand(first.shape))
 
 
 class Book:
@@ -161,17 +165,19 @@ class Book:
         return self.places.get(id(tensor))
 
     def steers(self, tensor: Any) -> None:
-        """Notes that something hangs on a decision: one index, or one comparison, for each sample."""
+        """Notes that something hangs on a decision: one comparison for each sample, or one index, or the first few of an order."""
         choice, margin = self.choices.get(id(tensor)), self.margins.get(id(tensor))
         if id(tensor) in self.forks or (choice is None and margin is None):
             return
-        if tensor.ndim == 0 or len(tensor) != self.batch or tensor.numel() != self.batch:
+        if tensor.ndim == 0 or len(tensor) != self.batch:
             return
         with following():
-            if margin is not None:
+            if margin is not None and tensor.numel() == self.batch:
                 self.fork(tensor, torch.stack([torch.zeros_like(margin[1]), margin[1]], -1))
             elif choice is not None and not choice.settled:
-                self.fork(tensor, choice.scores())
+                few, ways = tensor.numel() // self.batch, choice.source.shape[choice.dim]
+                if few < ways and choice.source.numel() == self.batch * ways:
+                    self.fork(tensor, choice.scores(few))
 
     def fork(self, tensor: Tensor, scores: Tensor) -> None:
         """Notes a decision between `scores` (B, ..., K), and what came of it, if it is one for each sample."""

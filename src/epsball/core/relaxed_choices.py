@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,6 +16,8 @@ RIVALS, COOL = 10, 0.3
 """Runners-up whose mean gap to the best score sets the temperature of a soft choice, and the share of that gap."""
 MOST = 4096
 """Most rows of a table that is looked up by a number, and most labels."""
+LARGEST = 2**26
+"""Most numbers in the rows of all tables at once."""
 
 
 def chosen(call: Call) -> Shadow:
@@ -97,6 +100,8 @@ def looked_up(call: Call) -> Shadow:
         return AS_IT_IS
     if call.book.gap(table) is not None:
         return reshaped(call)
+    if isinstance(index, tuple) and len(index) == 2:
+        return _from_tables(call, table, *index)
     if not isinstance(index, Tensor) or soft(index) or index.dtype is torch.bool or call.book.twin(table) is not None:
         return AS_IT_IS
     labels = not soft(table) and table.ndim == 1 and len(table) > 0 and int(table.min()) >= 0 and int(table.max()) < MOST
@@ -110,6 +115,23 @@ def looked_up(call: Call) -> Shadow:
         return _labels(call, share @ torch.nn.functional.one_hot(table.long()).to(share.dtype))
     mean: Tensor = share.to(table.dtype) @ table.detach().reshape(len(table), -1)
     return mean.reshape(call.real.shape)
+
+
+def _from_tables(call: Call, table: Tensor, first: Any, second: Any) -> Shadow:
+    """tables[g, index], or the other way round, as of a product codebook: the average row of each table under soft shares."""
+    for numbers, index, tables in ((first, second, table), (second, first, table.transpose(0, 1) if table.ndim > 1 else table)):
+        if not all(isinstance(part, Tensor) and not soft(part) and part.dtype is not torch.bool for part in (numbers, index)):
+            return AS_IT_IS
+        carried = [call.book.choice(part) is not None or call.book.twin(part) is not None for part in (numbers, index)]
+        if carried != [False, True] or not soft(table) or call.book.twin(table) is not None:
+            continue
+        share = _rows(call.book, index, tables.shape[1])
+        if share is None or share.numel() * tables[0, 0].numel() > LARGEST:
+            return None
+        call.named("lookup")
+        rows = tables.detach()[torch.broadcast_to(numbers, index.shape)].flatten(index.ndim + 1)
+        return (share.to(rows.dtype)[..., None, :] @ rows).reshape(call.real.shape)
+    return AS_IT_IS
 
 
 def bagged(call: Call) -> Shadow:
