@@ -15,8 +15,8 @@ import nets
 import other_networks
 from auto_attack import RADII, sample
 from epsball.auditing.preflight import look
-from epsball.auditing.react import ALIKE, BLANK, alike, blank
-from epsball.auditing.ways import FAR, REACH, TRUE, truth
+from epsball.auditing.react import ALIKE, alike
+from epsball.auditing.ways import BLANK, FAR, REACH, TRUE, blank, truth
 from epsball.core import Victim
 from epsball.models.digits import NAMES, load
 from verdicts.run import CASES

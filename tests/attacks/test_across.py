@@ -7,7 +7,7 @@ import torch
 from lawkit import rng, tensor
 from torch import Tensor, nn
 
-from epsball.attacks import apgd, vertices
+from epsball.attacks import across, apgd, vertices
 from epsball.attacks.across import Across
 from epsball.core import AttackLike, Tally, Victim
 from epsball.core.forks import forks
@@ -49,6 +49,27 @@ def test_a_gate_is_crossed_wherever_the_budget_reaches(threat: Linf | L2 | L1) -
         answers = victim.outputs(found.x_adv, Tally.zeros(60)).argmax(1)
     assert torch.equal(answers != y, found.reached)
     assert bool((threat.size(x, found.x_adv) <= radius).all())
+
+
+class Door(nn.Module):
+    """Where the second feature is the larger one, the margin falls with the first: who raises that alone turns the decision back."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        ways = torch.stack([1 + 1e-3 * x[:, 2], 0.45 - x[:, 0]], 1)
+        lead = ways[torch.arange(len(x)), (x[:, 1] > x[:, 0]).long()]
+        return torch.stack([lead, torch.zeros_like(lead)], 1)
+
+
+@pytest.mark.parametrize("hold", [True, False])
+def test_a_way_is_held_while_the_models_scores_are_climbed(hold: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """0.45 < x0 < x1 <= 0.5 breaks: both have to rise, and the model's own scores say so of the first alone."""
+    if not hold:
+        monkeypatch.setattr(across, "HOLD", 0.0)
+    model, x = Door(), torch.tensor([[0.30, 0.20, 0.5]]).repeat(4, 1) + torch.tensor([0.0, 0.0, 0.1]) * torch.arange(4)[:, None]
+    with Victim(model) as victim:
+        (fork,) = forks(model, x)
+        found = Across(victim.twin(fork), apgd(20, threat=Linf(), objective=margin), 1, 40)(victim, x, torch.zeros(4).long(), 0.3, 0)
+    assert bool(found.reached.all()) is hold
 
 
 def test_what_it_costs_is_booked() -> None:

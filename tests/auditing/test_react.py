@@ -21,12 +21,12 @@ from epsball.auditing.checks import Scene
 from epsball.auditing.checks.binarize import planted_inputs_are_found
 from epsball.auditing.plan import PAYS
 from epsball.auditing.preflight import look
-from epsball.auditing.react import ALIKE, BLANK, CUSTOM, After, alike, blank
+from epsball.auditing.react import ALIKE, CUSTOM, After, alike
 from epsball.auditing.referee import Referee
 from epsball.auditing.results import Finding, ModelReport
 from epsball.auditing.run import Plan, canaries, prepare
 from epsball.auditing.sheet import Sheet, Subject
-from epsball.auditing.ways import FAR, REACH, TRUE, truth
+from epsball.auditing.ways import BLANK, FAR, REACH, TRUE, blank, nudged, truth
 from epsball.core import Untargeted, Victim
 from epsball.core.inside import Part, Probed
 from epsball.core.relaxed import Relaxed
@@ -183,6 +183,24 @@ def test_a_network_around_which_something_is_worked_out_is_followed_by_itself(tm
     assert (type(sheet.sight.straight.model), sheet.sight.straight.probes) == (Part, 1)
     hidden, bare = audited(Around(surer), tmp_path / "a"), audited("digits-standard", tmp_path / "b")
     assert hidden.results[0].value <= bare.results[0].value + 3 / 64
+
+
+def kinked(net: nn.Module, x: Tensor) -> Tensor:
+    """As counts often are, by sign and size; half of the digits' pixels are 0, and those of `faint` ones nearly all."""
+    return net(x.sign() * torch.log1p(200 * x.abs()) / 5.3)
+
+
+def test_where_most_features_lie_on_a_kink_the_gradient_is_taken_further_in() -> None:
+    data = digits(64)
+    x = data.x * (data.x > 0.8)
+    bench = look(eb.wrap(Around(kinked)), x, data.y)
+    assert blank(bench) > BLANK
+    found = nudged(bench)
+    assert found is not None
+    assert blank(replace(bench, victim=found)) < 0.3
+    plain = look(eb.wrap(Around(lambda net, z: net((200 * z).log1p() / 5.3))), x, data.y)
+    assert blank(plain) < 0.3
+    assert nudged(plain) is None
 
 
 def test_scores_whose_slope_turns_round_are_seen_before_that(tmp_path: Path) -> None:

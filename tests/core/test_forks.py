@@ -10,7 +10,7 @@ from lawkit import rng, tensor
 from torch import Tensor, nn
 
 from epsball.core import Victim
-from epsball.core.forks import Fork, forks
+from epsball.core.forks import Both, Fork, forks
 
 Forward = Callable[["Routed", Tensor], Tensor]
 
@@ -137,6 +137,18 @@ def test_a_look_that_does_not_come_there_answers_zeros() -> None:
         scores = fork(leaf)
         assert torch.equal(scores, torch.zeros(5, fork.ways))
         assert torch.equal(torch.autograd.grad(scores.sum(), leaf)[0], torch.zeros_like(x))
+
+
+def test_both_are_the_models_scores_and_the_forks() -> None:
+    model, x = Routed(by_rows), tensor(rng(7).normal(size=(9, 6)))
+    both = Both(Fork(model, 0, 3))
+    leaf = x.clone().requires_grad_()
+    assert torch.equal(both(leaf), torch.cat([model(x), model.router(x)], 1))
+    (slope,) = torch.autograd.grad(both(leaf)[:, :4].sum(), leaf)
+    chosen = model.router(x).argmax(1)
+    assert torch.allclose(slope, torch.stack([model.experts[k].weight.sum(0) for k in chosen.tolist()]))
+    with torch.no_grad():
+        assert torch.equal(both(x), both(leaf))
 
 
 def test_small_batches_answer_as_large_ones_inside_a_victim() -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from epsball.core import Tally, Victim
-from epsball.core.inside import Inside, Part, Probed, Shaken, Straight, behind_break, changed_input, parts, score_layers
+from epsball.core.inside import Inside, Nudged, Part, Probed, Shaken, Straight, behind_break, changed_input, parts, score_layers
 
 
 class Turned(nn.Module):
@@ -195,6 +195,32 @@ class Surer(nn.Module):
         with torch.no_grad():
             best = self.net(x).argmax(1)
         return self.net(x.detach() + 0.1 * best[:, None])
+
+
+class Kinked(nn.Module):
+    """log(1 + 99 |x|) of every feature: at 0, where many inputs lie, autograd says that the slope is 0."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x.sign() * torch.log1p(99 * x.abs()))
+
+
+def test_a_kink_exactly_at_the_input_has_the_slope_a_little_further_in() -> None:
+    torch.manual_seed(0)
+    model, x = Kinked().eval(), torch.rand(20, 6) * (torch.rand(20, 6) > 0.6)
+    x[0] = 1
+    with Victim(model):
+        answer, own = slope(model, x)
+        again, seen = slope(Nudged(model, (0.0, 1.0)), x)
+        assert torch.equal(answer, again)
+        assert torch.equal(Nudged(model, (0.0, 1.0))(x), answer)
+        assert not bool(own[x == 0].any())
+        assert torch.allclose(seen, slope(lambda t: model.net(torch.log1p(99 * t)), x)[1], rtol=1e-2)
+        assert bool((x[0] + 1e-6 > 1).all())  # there it is taken from below
+        assert seen[0].tolist() == pytest.approx(own[0].tolist(), rel=1e-4)
 
 
 class Explained(nn.Module):

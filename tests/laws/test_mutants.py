@@ -248,9 +248,9 @@ def best_restart_of_the_batch(patch: Patch) -> None:
     def whole_batch(whole: Outcome, rows: Tensor, part: Outcome, smallest: bool = False) -> Outcome:
         return replace(whole, reached=whole.reached.index_put((rows,), part.reached), x_adv=whole.x_adv.index_put((rows,), part.x_adv))
 
-    original = combine._union
+    original = combine.union
     patch.setattr(combine, "merged", whole_batch)
-    patch.setattr(combine, "_union", lambda *arguments: original(*arguments[:-1], False))
+    patch.setattr(combine, "union", lambda *arguments: original(*arguments[:-1], False))
 
 
 def count_nothing(patch: Patch) -> None:

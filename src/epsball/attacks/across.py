@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
+import torch
 from torch import Tensor
 
 from epsball.attacks.combine import Case, Stage, merged, nothing, opened, union
@@ -18,17 +19,56 @@ from epsball.core import (
     Key,
     Model,
     Outcome,
+    Problem,
     Projects,
     Strategy,
     Tally,
     Targeted,
     Victim,
     Watch,
+    valid,
 )
 from epsball.core.attack import recipe
+from epsball.core.forks import Both, Fork
 from epsball.core.problem import ends
-from epsball.objectives import cross_entropy
+from epsball.core.rows import Rows
+from epsball.core.threat import Z
+from epsball.objectives import margin
 from epsball.threats import L1
+
+HOLD, EDGE = 3.0, 0.1
+"""How much a lost way weighs against the model's own margin, both as shares of what they are at the clean input; and where it begins to."""
+
+
+@dataclass(frozen=True)
+class Held:
+    """A goal for the first `classes` scores, on the way `target` (B,) among the others."""
+
+    goal: Goal
+    target: Tensor
+    classes: int
+
+    def reached(self, output: Tensor) -> Tensor:
+        """As the goal has it."""
+        return self.goal.reached(output[:, : self.classes]) & valid(output)
+
+    def take(self, rows: Rows) -> Held:
+        """The same for some of the rows."""
+        return Held(self.goal.take(rows), self.target[rows], self.classes)
+
+
+def on_the_way(problem: Problem, z: Z, x_adv: Tensor, output: Tensor) -> Tensor:
+    """(B,) the margin of the model's own scores, and what is lost where the decision turns back."""
+    held = problem.goal
+    assert isinstance(held, Held)
+    inner = replace(problem, goal=held.goal)
+
+    def leads(scores: Tensor) -> tuple[Tensor, Tensor]:
+        ways = replace(problem, goal=Targeted(held.target))
+        return margin(inner, z, x_adv, scores[:, : held.classes]), margin(ways, z, x_adv, scores[:, held.classes :])
+
+    (own, way), (first, away) = leads(output), leads(problem.clean)
+    return own / first.abs().clamp(min=1e-6) + HOLD * (way / away.abs().clamp(min=1e-6) - EDGE).clamp(max=0)
 
 
 @dataclass(frozen=True, repr=False)
@@ -83,8 +123,11 @@ class Across:
         def ran(c: Case, rows: Tensor) -> Outcome:
             c, target = replace(c, key=c.key.fold(self.name, rank)), Targeted(order[rows, rank])
             turned = self.turn(self.fork, c.x, target, c.radius, c.key, clean=scores[rows], watch=watch)
-            climb = Attack("onward", self.threat, cross_entropy, self._from(turned.x_adv), self.steps)
-            found = c.run(climb, True, watch)
+            fork = self.fork.model
+            assert isinstance(fork, Fork)
+            climb = Attack("onward", self.threat, on_the_way, self._from(turned.x_adv), self.steps)
+            both, held = torch.cat([c.clean, scores[rows]], 1), Held(c.goal, target.labels, c.clean.shape[1])
+            found = climb(self.fork.twin(Both(fork)), c.x, held, c.radius, c.key, clean=both, watch=watch)
             return replace(found, queries=found.queries + turned.queries, backwards=found.backwards + turned.backwards)
 
         return ran

@@ -15,7 +15,24 @@ from torch import Tensor, nn
 
 from epsball.auditing.preflight import Bench, alive, cosine, slopes
 from epsball.auditing.results import Finding
-from epsball.auditing.ways import FAR, REACH, TRUE, fine, forked, opened, part, points_aside, same_class, shaken, share, straight, truth
+from epsball.auditing.ways import (
+    BLANK,
+    FAR,
+    REACH,
+    TRUE,
+    blank,
+    fine,
+    forked,
+    nudged,
+    opened,
+    part,
+    points_aside,
+    same_class,
+    shaken,
+    share,
+    straight,
+    truth,
+)
 from epsball.core import Key, Tally, Untargeted, Victim
 from epsball.core.inside import Inside, score_layers
 from epsball.objectives import margin
@@ -31,10 +48,10 @@ JUDGES = 100
 majority may turn: with 40 draws 8 of 83 did so on a network that drops activations."""
 CUSTOM = "custom backward"
 """The hidden step where derivatives that custom autograd functions bring along are false."""
+KINK = "kink"
+"""The hidden step where most features have no gradient exactly at the input."""
 STRAIGHT = "before a layer"
 """The hidden step where nothing but `Straight` has a gradient."""
-BLANK = 0.75
-"""Share of features without a gradient above which the same holds."""
 LAYERS, TURNED = 3, 0.05
 """Layers with scores that are looked at, last first; share of samples whose gradient points the other way there above which searches go
 by these scores as well."""
@@ -149,6 +166,10 @@ def _forked(bench: Bench, sight: Sight, findings: list[Finding]) -> tuple[Sight,
 def _past_layers(bench: Bench, sight: Sight, findings: list[Finding], seed: int) -> tuple[Sight, list[Finding]]:
     """Where gradients are in doubt or dead: ways past what comes before a layer, beside or in the place of others."""
     if sight.doubted and sight.hidden != (STRAIGHT,):
+        if (kink := nudged(bench)) is not None:
+            message = "Most features have no gradient exactly at the input: searches also took it a little further in."
+            sight = replace(sight, victim=kink, hidden=(*sight.hidden, KINK))
+            findings = [*findings, Finding(id="hidden-steps", status="note", message=message)]
         sight = replace(sight, straight=straight(bench) or part(replace(bench, victim=sight.victim), bench.victim, seed))
     others = [way for way in (sight.victim, sight.straight) if way is not None and not sight.dead]
     twins = shaken(bench, others, seed) if sight.doubted or sight.dead else ()
@@ -241,20 +262,6 @@ def alike(bench: Bench, seed: int) -> float:
     cosines = cosine(*found)
     known = torch.isfinite(cosines) & (found[0].norm(dim=1) > 0) & (found[1].norm(dim=1) > 0)
     return float(cosines[known].median()) if bool(known.any()) else 1.0
-
-
-def blank(bench: Bench) -> float:
-    """Median share of a sample's features at which the margin's gradient is exactly 0; 0 where there is no gradient.
-
-    Cost: 1 forward and 1 backward row for each of at most 32 samples.
-    """
-    rows = fine(bench)
-    try:
-        gradient = slopes(bench.victim, bench.x[rows], bench.goal.take(rows), margin).flatten(1)
-    except Exception:  # a model without gradients is another finding's business
-        return 0.0
-    shares = (gradient == 0).double().mean(1)[gradient.abs().amax(1) > 0]
-    return float(shares.median()) if len(shares) else 0.0
 
 
 def _backward(bench: Bench, findings: list[Finding], faults: set[str], seed: int) -> tuple[Sight, list[Finding]]:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from epsball.auditing.preflight import Bench, cosine, foretold, posed, slopes
 from epsball.core import Key, Untargeted, Victim, content_ids
 from epsball.core.forks import forks
-from epsball.core.inside import Part, Probed, Shaken, Straight, behind_break, changed_input, parts
+from epsball.core.inside import Nudged, Part, Probed, Shaken, Straight, behind_break, changed_input, parts
 from epsball.objectives import margin
 
 TRUE, ASIDE, DIRECTIONS = 0.2, 0.02, 8
@@ -23,6 +23,8 @@ TOLD, SHAKEN = 0.6, 0.1
 few directions of many tell little of any one."""
 WAYS = ((32, 0.05), (128, 0.05), (32, 0.3))
 """How many directions searches follow, and how wide changes, one after the other: few, many where these pay, and wide ones."""
+BLANK = 0.75
+"""Share of features without a gradient above which the same holds."""
 FORKS = 3
 """Most decisions inside a model that are searched by themselves."""
 SAME_CLASS, WIDEST = 0.9, 1.0
@@ -94,6 +96,18 @@ def part(bench: Bench, own: Victim, seed: int) -> Victim | None:
         return None
 
 
+def nudged(bench: Bench) -> Victim | None:
+    """Where most features have no gradient exactly at the input, but a little aside: a twin whose gradient is taken there.
+
+    Cost: that of `blank`; where it is large 2 forward rows and 1 backward row more.
+    """
+    model, own = opened(bench.victim), blank(bench)
+    if model is None or own <= BLANK:
+        return None
+    twin = _within(bench.victim, Nudged(model, bench.victim.box))
+    return twin if blank(replace(bench, victim=twin)) < own / 2 else None
+
+
 def forked(bench: Bench) -> tuple[Victim, ...]:
     """Twins that answer with the scores of what decides inside the model, the first `FORKS` of them.
 
@@ -107,6 +121,20 @@ def forked(bench: Bench) -> tuple[Victim, ...]:
             return tuple(victim.twin(fork) for fork in forks(model, bench.x[rows])[:FORKS])
     except Exception:  # what raises here is the business of other checks
         return ()
+
+
+def blank(bench: Bench) -> float:
+    """Median share of a sample's features at which the margin's gradient is exactly 0; 0 where there is no gradient.
+
+    Cost: 1 forward and 1 backward row for each of at most 32 samples.
+    """
+    rows = fine(bench)
+    try:
+        gradient = slopes(bench.victim, bench.x[rows], bench.goal.take(rows), margin).flatten(1)
+    except Exception:  # a model without gradients is another finding's business
+        return 0.0
+    shares = (gradient == 0).double().mean(1)[gradient.abs().amax(1) > 0]
+    return float(shares.median()) if len(shares) else 0.0
 
 
 def truth(bench: Bench, seed: int, aside: float = ASIDE) -> float:
@@ -135,7 +163,7 @@ def opened(victim: Victim) -> nn.Module | None:
     return victim.model if isinstance(victim.model, nn.Module) and victim.lens is None and not victim.fixed_batch else None
 
 
-def _within(victim: Victim, model: Straight | Part) -> Victim:
+def _within(victim: Victim, model: Straight | Part | Nudged) -> Victim:
     """A twin whose looks with a gradient book the model's probes."""
     twin = victim.twin(model)
     twin.probes = model.probes

@@ -18,6 +18,7 @@ ALIKE = 0.5
 """Least correlation of an input with what a layer sees of it, in the middle of the samples, for that to be the input, changed."""
 _APART, _PROBE = 3, 0.05
 """Pixels between those that are changed at once, and by how much."""
+_NUDGE = 1e-6
 _HELD = 2**25
 """Numbers that random directions may take at once."""
 
@@ -149,6 +150,36 @@ class Straight(_AtLayer):
     def _before(self, hook: Callable[[nn.Module, Any], Any]) -> RemovableHandle:
         # Before other hooks: those that fill small batches come later.
         return self.model.get_submodule(self.layer).register_forward_pre_hook(hook, prepend=True)
+
+
+class Nudged(nn.Module):
+    """`model` whose gradient is taken a millionth of the box, at most of 1, further in than the input, toward the middle of its range.
+
+    A kink exactly there, as of |x| at 0, where many inputs lie, has no slope of its own. Every value is the model's own.
+
+    Args:
+        model: maps (B, ...) to scores. box: legal range of its input.
+
+    Cost: `probes` more rows forward for a look with a gradient.
+    """
+
+    probes = 1
+
+    def __init__(self, model: nn.Module, box: tuple[float | Tensor, float | Tensor]) -> None:
+        super().__init__()
+        self.model = model
+        self.box = box
+        self.training = model.training
+
+    def forward(self, x: Tensor) -> Any:
+        """The model's own answer."""
+        if not (torch.is_grad_enabled() and x.requires_grad):
+            return self.model(x)
+        with torch.no_grad():
+            own = self.model(x)
+        low, high = (torch.as_tensor(bound, device=x.device) for bound in self.box)
+        aside = _NUDGE * (high - low).clamp(max=1) * torch.where(x.detach() - low <= high - x.detach(), 1.0, -1.0)
+        return Swap.apply(own, self.model(x + aside.to(x.dtype)))  # type: ignore[no-untyped-call]
 
 
 class _Sensed(Straight, ABC):
