@@ -11,9 +11,7 @@ import argparse
 import tempfile
 import time
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
 from functools import partial
-from multiprocessing import get_context
 from pathlib import Path
 
 import torch
@@ -27,6 +25,7 @@ from verdicts import unseen_features
 from verdicts.case import Case
 from verdicts.run import chosen
 from verdicts.search import Climb
+from verdicts.table import printed
 
 PAGE = Path(__file__).parent / "results" / "verdicts_norms.md"
 THREATS = ("l2:1.5", "l1:8")
@@ -113,10 +112,7 @@ def main() -> None:
         f"| case | {' | '.join(f'{t} by hand | audited | flags | CPU s' for t in THREATS)} |",
         f"|---{'|---' * 4 * len(THREATS)}|",
     ]
-    with ProcessPoolExecutor(arguments.jobs, get_context("spawn")) as pool:
-        for one in pool.map(partial(line, n=arguments.n, seed=arguments.seed), arguments.only or list(known())):
-            lines.append(one)
-            print(one, flush=True)
+    lines += printed(partial(line, n=arguments.n, seed=arguments.seed), arguments.only or list(known()), arguments.jobs)
     if not arguments.only:
         PAGE.write_text("\n".join(lines) + "\n", encoding="utf8")
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from multiprocessing import get_context
 
 from scipy.stats import beta
 
@@ -152,3 +155,13 @@ def counted(cases: list[tuple[Case, Row]]) -> str:
     words = [verdict(case, row).right for case, row in cases]
     missing = words.count(None)
     return f"{words.count(True)} of {len(words) - missing} right" + (f", {missing} not run" if missing else "")
+
+
+def printed(line: Callable[[str], str], names: list[str], jobs: int) -> list[str]:
+    """The line of each name, worked out in so many processes side by side and printed as it comes."""
+    lines = []
+    with ProcessPoolExecutor(jobs, get_context("spawn")) as pool:
+        for one in pool.map(line, names):
+            lines.append(one)
+            print(one, flush=True)
+    return lines

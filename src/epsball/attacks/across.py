@@ -61,14 +61,14 @@ def on_the_way(problem: Problem, z: Z, x_adv: Tensor, output: Tensor) -> Tensor:
     """(B,) the margin of the model's own scores, and what is lost where the decision turns back."""
     held = problem.goal
     assert isinstance(held, Held)
-    inner = replace(problem, goal=held.goal)
 
-    def leads(scores: Tensor) -> tuple[Tensor, Tensor]:
-        ways = replace(problem, goal=Targeted(held.target))
-        return margin(inner, z, x_adv, scores[:, : held.classes]), margin(ways, z, x_adv, scores[:, held.classes :])
+    def share(goal: Goal, columns: slice) -> Tensor:
+        """The margin toward a goal, in sizes of that at the clean input: two that have no common unit."""
+        now, clean = (margin(replace(problem, goal=goal), z, x_adv, scores[:, columns]) for scores in (output, problem.clean))
+        return now / clean.abs().clamp(min=1e-6)
 
-    (own, way), (first, away) = leads(output), leads(problem.clean)
-    return own / first.abs().clamp(min=1e-6) + HOLD * (way / away.abs().clamp(min=1e-6) - EDGE).clamp(max=0)
+    own, way = share(held.goal, slice(held.classes)), share(Targeted(held.target), slice(held.classes, None))
+    return own + HOLD * (way - EDGE).clamp(max=0)
 
 
 @dataclass(frozen=True, repr=False)
@@ -127,6 +127,7 @@ class Across:
             assert isinstance(fork, Fork)
             climb = Attack("onward", self.threat, on_the_way, self._from(turned.x_adv), self.steps)
             both, held = torch.cat([c.clean, scores[rows]], 1), Held(c.goal, target.labels, c.clean.shape[1])
+            # Dropping, whatever was asked: a way that is found is not left again.
             found = climb(self.fork.twin(Both(fork)), c.x, held, c.radius, c.key, clean=both, watch=watch)
             return replace(found, queries=found.queries + turned.queries, backwards=found.backwards + turned.backwards)
 

@@ -46,11 +46,11 @@ def stages_of(sheet: Sheet, current: Round, effort: str) -> tuple[Stage, ...]:
         return black_box(threat, model.access, sheet.queries)
     single, dead = isinstance(sheet.subject.goal, Untargeted), sight.dead
     known = plan(threat, effort, classes=sheet.clean.shape[1], single_label=single, gradients=not dead)
-    shaken = [replace(stage, beyond=not dead) for stage in by_directions(threat, effort, sight.shaken)]
-    shaken += [replace(stage, beyond=not dead) for stage in across(threat, effort, sight.forks)]
+    beyond = (*by_directions(threat, effort, sight.shaken), *across(threat, effort, sight.forks))
+    further = [replace(stage, beyond=not dead) for stage in beyond]
     if dead:  # noise and grids are part of both
         names, blind = {stage.attack.name for stage in known}, beside(threat, model.access, effort, sheet.queries)
-        return (*known, *shaken, *(replace(stage, beyond=False) for stage in blind if stage.attack.name not in names))
+        return (*known, *further, *(replace(stage, beyond=False) for stage in blind if stage.attack.name not in names))
     if sight.bare is not None:
         own = by_chance(threat, effort, model, sight.victim.draws, known) if sight.own else ()
         other = by_chance(threat, effort, sight.bare, sight.victim.draws, known) if sight.bare is not model else ()
@@ -64,7 +64,7 @@ def stages_of(sheet: Sheet, current: Round, effort: str) -> tuple[Stage, ...]:
         stages += [replace(s, victim=sight.victim, beyond=True) for s in smooth(threat, effort)]
     if sight.straight is not None:
         stages += [replace(for_twin(s), victim=sight.straight, beyond=True) for s in known]
-    stages += shaken
+    stages += further
     return (*stages, *beside(threat, model.access, effort, sheet.queries)) if sight.doubted else tuple(stages)
 
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from epsball.auditing.results import Finding
 from epsball.auditing.statistics import mcnemar
 from epsball.core import Access, Goal, Key, Objective, Problem, Tally, Untargeted, Victim, as_goal, autograd, content_ids, valid
+from epsball.core.inside import further_in
 from epsball.errors import BadInput, EpsballError
 from epsball.objectives import cross_entropy, margin
 from epsball.threats import Linf
@@ -223,9 +224,8 @@ def remembered(bench: Bench) -> float | None:
     if bench.thrifty or not isinstance(model, nn.Module):
         return None
     x = bench.x[:16]
-    low, high = (torch.as_tensor(bound, device=x.device) for bound in bench.victim.box)
     between = (x + x.roll(1, 0)) / 2
-    beside = (between + 0.02 * (high - low).clamp(max=1) * (1 - 2 * ((between - low) > (high - between)).to(x))).to(x.dtype)
+    beside = further_in(between, bench.victim.box, 0.02)
     answers = []
     for order in ((between, beside), (beside, between)):
         try:  # weights are shared: they are large, and nobody changes them

@@ -69,7 +69,7 @@ class Sight:
         judges: draws of a ruling; more than 1 for a random model. hidden: steps of the model that have no useful derivative.
         rough: gradients jump, so smoothed ones are tried as well. dead: no gradient is to be had anywhere. blind: for some samples
             none is, whichever way the model is looked at. straight: where there is doubt, a twin that goes past what changes
-            the input, or by a network inside. shaken: twins with a derivative by differences in random directions (`WAYS`), where no
+            the input, or by a network inside. shaken: twins with a derivative by differences in random directions, where no
             other tells how scores change. forks: what decides inside the model without a gradient, each as a model of its own.
     """
 

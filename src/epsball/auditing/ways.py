@@ -21,10 +21,10 @@ FAR, REACH = 0.75, 0.05
 TOLD, SHAKEN = 0.6, 0.1
 """The same correlation of other twins, below which differences in random directions are tried; the least of those for them to be followed:
 few directions of many tell little of any one."""
-WAYS = ((32, 0.05), (128, 0.05), (32, 0.3))
+MANY_AND_WIDE = ((32, 0.05), (128, 0.05), (32, 0.3))
 """How many directions searches follow, and how wide changes, one after the other: few, many where these pay, and wide ones."""
 BLANK = 0.75
-"""Share of features without a gradient above which the same holds."""
+"""Share of features without a gradient above which searches that go by gradients need others beside them."""
 FORKS = 3
 """Most decisions inside a model that are searched by themselves."""
 SAME_CLASS, WIDEST = 0.9, 1.0
@@ -47,7 +47,7 @@ def shaken(bench: Bench, others: list[Victim], seed: int) -> tuple[Victim, ...]:
             layer = behind_break(model, x)
         if layer is None:
             return ()
-        ways = tuple(_within(victim, Shaken(model, layer, victim.box, x[0].numel(), count, width)) for count, width in WAYS)
+        ways = tuple(_within(victim, Shaken(model, layer, victim.box, x[0].numel(), count, width)) for count, width in MANY_AND_WIDE)
         # Wide changes say little of the short ways on which truth is measured.
         tells = reaches(bench, ways[0]) and truth(replace(bench, victim=ways[0]), seed, REACH) >= SHAKEN
         return ways if tells else ()

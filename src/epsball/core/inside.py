@@ -18,9 +18,10 @@ ALIKE = 0.5
 """Least correlation of an input with what a layer sees of it, in the middle of the samples, for that to be the input, changed."""
 _APART, _PROBE = 3, 0.05
 """Pixels between those that are changed at once, and by how much."""
-_NUDGE = 1e-6
 _HELD = 2**25
 """Numbers that random directions may take at once."""
+_NUDGE = 1e-6
+"""Share of the box by which a gradient is taken further in: enough to leave a kink, too little to move any score."""
 
 
 class _AtLayer(nn.Module):
@@ -152,6 +153,13 @@ class Straight(_AtLayer):
         return self.model.get_submodule(self.layer).register_forward_pre_hook(hook, prepend=True)
 
 
+def further_in(x: Tensor, box: tuple[float | Tensor, float | Tensor], share: float) -> Tensor:
+    """x (B, ...) moved toward the middle of its range in every feature, by a share of the box, of which none counts as wider than 1."""
+    low, high = (torch.as_tensor(bound, device=x.device) for bound in box)
+    toward = torch.where(x.detach() - low <= high - x.detach(), 1.0, -1.0)
+    return x + (share * (high - low).clamp(max=1) * toward).to(x.dtype)
+
+
 class Nudged(nn.Module):
     """`model` whose gradient is taken a millionth of the box, at most of 1, further in than the input, toward the middle of its range.
 
@@ -177,9 +185,7 @@ class Nudged(nn.Module):
             return self.model(x)
         with torch.no_grad():
             own = self.model(x)
-        low, high = (torch.as_tensor(bound, device=x.device) for bound in self.box)
-        aside = _NUDGE * (high - low).clamp(max=1) * torch.where(x.detach() - low <= high - x.detach(), 1.0, -1.0)
-        return Swap.apply(own, self.model(x + aside.to(x.dtype)))  # type: ignore[no-untyped-call]
+        return Swap.apply(own, self.model(further_in(x, self.box, _NUDGE)))  # type: ignore[no-untyped-call]
 
 
 class _Sensed(Straight, ABC):

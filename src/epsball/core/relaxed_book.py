@@ -20,7 +20,7 @@ SHARE = 0.1
 SHARE_OF_ONE = 10.0
 """The same where a sample has but one number: a step of its own width would let nothing pass, and a gate between two networks is best
 searched through both (`benchmarks/verdicts`, blurred look, n 100, seed 1: 24 stand by hand, 28 with 1, 25 with 10)."""
-WAYS = 1024
+MOST_WAYS = 1024
 """Most ways between which a decision is followed."""
 _TURNS = {3: ((1, 2, 0), (2, 0, 1)), 4: ((0, 2, 3, 1), (0, 3, 1, 2))}
 """Channels first to channels last and back, for one image and for a batch."""
@@ -181,7 +181,7 @@ class Book:
 
     def fork(self, tensor: Tensor, scores: Tensor) -> None:
         """Notes a decision between `scores` (B, ..., K), and what came of it, if it is one for each sample."""
-        if scores.requires_grad and 2 <= scores.shape[-1] <= WAYS and scores.numel() == self.batch * scores.shape[-1]:
+        if scores.requires_grad and 2 <= scores.shape[-1] <= MOST_WAYS and scores.numel() == self.batch * scores.shape[-1]:
             self.forks[id(tensor)] = (tensor, scores.reshape(self.batch, -1))
 
     def decisions(self) -> list[Tensor]:
