@@ -23,10 +23,10 @@ from torch.nn import functional
 
 import epsball as eb
 from epsball.core import Key
+from epsball.core.by_input import ByInput
 from epsball.data import Dataset, load_data
 from epsball.defenses import training as tr
 from epsball.defenses.training.batch import generator
-from epsball.defenses.training.by_input import ByInput
 from epsball.defenses.training.watch import Record, by_clean
 from epsball.threats import Linf
 from nets import CACHE, mnist_file

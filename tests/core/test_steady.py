@@ -1,14 +1,17 @@
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 import epsball as eb
 from epsball.core.steady import steady
 
 
-def network() -> nn.Module:
+def network(channels: int = 1) -> nn.Module:
     torch.manual_seed(0)
-    return nn.Sequential(nn.Conv2d(1, 8, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(512, 32), nn.ReLU(), nn.Linear(32, 10)).eval()
+    first = nn.Conv2d(channels, 8, 3, padding=1)
+    model = nn.Sequential(first, nn.ReLU(inplace=True), nn.Flatten(), nn.Linear(512, 32), nn.ReLU(), nn.Linear(32, 10))
+    return model.eval().requires_grad_(False)
 
 
 def look(model: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -18,9 +21,10 @@ def look(model: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
     return output.detach(), gradient
 
 
+@pytest.mark.parametrize("channels", [1, 4])
 @pytest.mark.parametrize("rows", [1, 2, 3, 5, 7, 9, 23, 33, 45])
-def test_batches_of_any_size_give_the_same_bits(rows: int) -> None:
-    model, x = network(), eb.load_data("digits", n=64).x
+def test_batches_of_any_size_give_the_same_bits(rows: int, channels: int) -> None:
+    model, x = network(channels), eb.load_data("digits", n=64).x.expand(-1, channels, -1, -1)
     restore = steady(model)
     whole = look(model, x)
     parts = [look(model, x[i : i + rows]) for i in range(0, 64, rows)]
@@ -38,6 +42,7 @@ def test_nothing_is_left_behind_and_the_model_sees_its_true_batch() -> None:
     restore()
     assert seen == [1]
     assert [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()] == hooks
+    assert "_conv_forward" not in vars(model[0])
 
 
 def inside(model: nn.Module, batches: list[Tensor], monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
@@ -81,3 +86,41 @@ def test_inputs_without_a_batch_axis_and_sequences_pass_untouched() -> None:
     got = [linear(torch.ones(shape)) for shape in ((4,), (2, 5, 4))]
     restore()
     assert all(torch.equal(a, b) for a, b in zip(expected, got, strict=True))
+
+
+def own(model: nn.Module, x: Tensor) -> bool:
+    """Whether the first layer's gradient is ours."""
+    return type(model[0](x).grad_fn).__name__ == "_ConvBackward"
+
+
+def test_layers_of_few_channels_answer_the_same_bits_with_a_gradient_of_ours() -> None:
+    for channels in (1, 4, 5):
+        model, x = network(channels), torch.rand(16, channels, 8, 8)
+        output, gradient = look(model, x)
+        restore = steady(model)
+        ours = look(model, x)
+        assert own(model, x.requires_grad_()) is (channels < 5)
+        restore()
+        assert torch.equal(ours[0], output)
+        assert torch.allclose(ours[1], gradient, atol=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning", "ignore::torch.jit.TracerWarning")
+def test_nobody_who_follows_calls_meets_a_gradient_of_ours() -> None:
+    model, x = network(), torch.rand(16, 1, 8, 8)
+    leaf = x.clone().requires_grad_()
+    (known,) = torch.autograd.grad(model(leaf).sum(), leaf)
+    along = torch.autograd.functional.jvp(lambda x: model(x).sum(), x, torch.ones_like(x))[1]
+    restore = steady(model)
+    assert own(model, leaf)
+    with torch.device("cpu"):  # a mode, as others are
+        assert not own(model, leaf)
+    assert torch.allclose(torch.func.grad(lambda x: model(x).sum())(x), known, atol=1e-6)
+    with forward_ad.dual_level():
+        output = model(forward_ad.make_dual(x, torch.ones_like(x))).sum()
+        assert torch.allclose(forward_ad.unpack_dual(output).tangent, along, rtol=1e-4)
+    assert "_ConvBackward" not in str(torch.jit.trace(model[0], leaf).graph)
+    model[0].weight.requires_grad_()
+    assert not own(model, leaf)
+    assert torch.autograd.grad(model(leaf).sum(), model[0].weight)[0].any()
+    restore()

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from epsball.core import Projects
+from epsball.core.by_input import ByInput
 from epsball.core.rows import per_sample
 from epsball.defenses.training.batch import Batch, Formula, Logs
-from epsball.defenses.training.by_input import ByInput
 
 Objective = Callable[[Tensor, Tensor], Tensor]
 """(z, output) -> (B,) score, higher suits the adversary."""

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from epsball.core import Key
+from epsball.core.by_input import ByInput
 from epsball.defenses.training.batch import generator
-from epsball.defenses.training.by_input import ByInput
 
 
 def drawn(*shape: int, seed: int = 0) -> Tensor:
@@ -70,7 +70,8 @@ def answered(layer: nn.Module, x: Tensor) -> bool:
 def test_only_layers_that_gain_are_answered() -> None:
     for channels, options, ours in [
         (1, {"kernel_size": 3}, True),
-        (2, {"kernel_size": 3}, False),
+        (4, {"kernel_size": 3}, True),
+        (5, {"kernel_size": 3}, False),
         (4, {"kernel_size": 3, "stride": 2}, True),
         (6, {"kernel_size": 3, "stride": 2}, False),
         (6, {"kernel_size": 4, "stride": 2}, True),
@@ -108,7 +109,7 @@ def test_outputs_are_the_same_bits_and_the_first_weights_get_no_gradient() -> No
 
 
 def test_what_is_made_of_weights_is_made_once_and_again_when_they_change() -> None:
-    model, x, by_input = convolutional(2, LAYERS[0], torch.contiguous_format), drawn(3, 2, 8, 8).requires_grad_(), ByInput()
+    model, x, by_input = convolutional(6, LAYERS[0], torch.contiguous_format), drawn(3, 6, 8, 8).requires_grad_(), ByInput()
     for _ in range(2):
         for _ in range(2):
             with by_input:
@@ -120,9 +121,9 @@ def test_what_is_made_of_weights_is_made_once_and_again_when_they_change() -> No
     assert len(by_input._made) == 2
 
 
-@pytest.mark.parametrize("options", [{"kernel_size": 3}, {"kernel_size": 4, "stride": 2}], ids=["added", "interleaved"])
-def test_bfloat16_gradients_come_back_in_the_precision_of_the_input(options: dict[str, Any]) -> None:
-    layer, x = nn.Conv2d(1, 4, **options), drawn(2, 1, 8, 8).float().requires_grad_()
+@pytest.mark.parametrize(("channels", "options"), [(1, {"kernel_size": 3}), (6, {"kernel_size": 4, "stride": 2})])
+def test_bfloat16_gradients_come_back_in_the_precision_of_the_input(channels: int, options: dict[str, Any]) -> None:
+    layer, x = nn.Conv2d(channels, 4, **options), drawn(2, channels, 8, 8).float().requires_grad_()
     with ByInput(), torch.autocast("cpu", torch.bfloat16):
         output = layer(x)
     assert output.dtype is torch.bfloat16
