@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import epsball as eb
 from epsball.attacks import di_fgsm, ensemble, hop_skip_jump, mi_fgsm, rays, transferred
-from epsball.attacks.blackbox import ENOUGH, first_success, searches
+from epsball.attacks.blackbox import ENOUGH, NARROW, first_success, searches
 from epsball.core import Access, Projects, Tally, Victim
 from epsball.errors import BadInput
 from epsball.models.digits import load
@@ -122,16 +122,17 @@ def test_a_victim_with_gradients_is_asked_what_one_with_scores_is() -> None:
 @BOTH
 @pytest.mark.parametrize("threat", EVERY)
 @pytest.mark.parametrize("queries", [1, 2, 3, 99, 300, ENOUGH - 1, ENOUGH, 10000])
-def test_shares_add_up_to_the_budget(threat: str, queries: int, access: Access) -> None:
-    shares = searches(named(threat), access, queries)
+@pytest.mark.parametrize("shape", [(1, 8, 8), (30,)])
+def test_shares_add_up_to_the_budget(threat: str, queries: int, access: Access, shape: tuple[int, ...]) -> None:
+    shares = searches(named(threat), access, queries, torch.zeros(2, *shape))
     assert 0.9 * queries <= sum(share.queries for share in shares) <= queries
     assert len({share.attack.name for share in shares}) == len(shares)
     assert all(share.attack.threat == named(threat) or share.attack.threat.name == threat for share in shares)
 
 
 def test_the_order_is_the_documented_one() -> None:
-    def names(threat: str, access: Access, queries: int) -> list[str]:
-        return [share.attack.name for share in searches(named(threat), access, queries)]
+    def names(threat: str, access: Access, queries: int, *shape: int) -> list[str]:
+        return [share.attack.name for share in searches(named(threat), access, queries, torch.zeros(2, *(shape or (1, 8, 8))))]
 
     assert names("linf", Access.SCORES, 300) == ["square"]
     assert names("linf", Access.SCORES, 2000) == ["square", "simba"]
@@ -144,6 +145,12 @@ def test_the_order_is_the_documented_one() -> None:
     assert names("l0", Access.LABELS, 300) == ["sparse_rs"]
     assert names("rigid", Access.LABELS, 300) == ["rotation_translation"]
     assert names("flow", Access.SCORES, 300) == ["noise"]
+    assert names("linf", Access.SCORES, 300, 30) == ["square"]
+    assert names("linf", Access.SCORES, 2000, 30) == ["sweep", "square", "simba"]
+    assert names("l2", Access.SCORES, 2000, NARROW) == ["sweep", "square", "hop_skip_jump"]
+    assert names("l1", Access.SCORES, 100, 30) == ["sweep", "simba"]
+    assert names("l1", Access.SCORES, 60, 30) == names("l1", Access.SCORES, 2000, NARROW + 1) == ["simba"]
+    assert names("linf", Access.LABELS, 300, 30) == ["rays"]
 
 
 def test_it_breaks_more_than_noise_on_a_forest_of_rules() -> None:

@@ -83,7 +83,7 @@ def test_a_random_forest_on_a_table_is_audited_and_trusted(tmp_path: Path) -> No
     told = report.models[0]
     assert unusual(told) == {"black-box": "note"}
     assert told.flags == []
-    assert named_attacks(told) == [["square"], ["square"], ["sparse_rs"], ["simba"]]
+    assert named_attacks(told) == [["square"], ["square"], ["sparse_rs"], ["sweep", "simba"]]
     near, far, few, sum_ = (result.robust_accuracy.count for result in told.results)
     assert told.clean_accuracy.count > near > far
     assert told.clean_accuracy.count > max(few, sum_)
@@ -166,8 +166,9 @@ def test_gradients_that_are_dead_in_part_bring_them_too(tmp_path: Path) -> None:
 @pytest.mark.parametrize("effort", EFFORTS)
 @pytest.mark.parametrize("access", [LABELS, SCORES])
 @pytest.mark.parametrize("threat", ["linf", "l2", "l1", "l0", "l0f", "patch", "rigid", "flow", "color"])
-def test_every_effort_is_a_budget(effort: str, access: Access, threat: str) -> None:
-    stages = black_box(named(threat), access, QUERIES[effort])
+@pytest.mark.parametrize("shape", [(1, 8, 8), (30,)])
+def test_every_effort_is_a_budget(effort: str, access: Access, threat: str, shape: tuple[int, ...]) -> None:
+    stages = black_box(named(threat), access, QUERIES[effort], torch.zeros(2, *shape))
     assert 0.9 * QUERIES[effort] <= sum(stage.rows for stage in stages) <= QUERIES[effort]
 
 

@@ -7,6 +7,7 @@ from epsball.attacks.channel import physical, survival
 from epsball.attacks.combine import Cascade, EveryTarget, Restarts, SmallestRadius
 from epsball.attacks.cw import cw_l0, cw_l2, cw_linf
 from epsball.attacks.deepfool import deepfool, superdeepfool
+from epsball.attacks.differences import differences
 from epsball.attacks.ead import ead
 from epsball.attacks.estimate import Nes, Spsa, bandits, nes, spsa
 from epsball.attacks.fab import fab, fab_t
@@ -33,6 +34,7 @@ from epsball.attacks.square import square
 from epsball.attacks.surfree import surfree
 from epsball.attacks.surrogate import Surrogate, fit_surrogate, transferred
 from epsball.attacks.swaps import swaps
+from epsball.attacks.sweep import sweep
 from epsball.attacks.targets import by_logit, malt
 from epsball.attacks.transfer import di_fgsm, ensemble, ni_fgsm, si_fgsm, ti_fgsm, vmi_fgsm
 from epsball.attacks.universal import UniversalGradient, UniversalSum, cross_model_table, fooling_rate
@@ -70,6 +72,7 @@ __all__ = [
     "ddn",
     "deepfool",
     "di_fgsm",
+    "differences",
     "ead",
     "ensemble",
     "entries",
@@ -115,6 +118,7 @@ __all__ = [
     "surfree",
     "survival",
     "swaps",
+    "sweep",
     "ti_fgsm",
     "transferred",
     "vertices",

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from epsball.attacks.combine import Cascade, Restarts, opened
+from epsball.attacks.differences import differences
 from epsball.attacks.hop_skip_jump import hop_skip_jump
 from epsball.attacks.noise import noise
 from epsball.attacks.pgd import mi_fgsm
@@ -19,6 +20,7 @@ from epsball.attacks.sparse_rs import sparse_rs
 from epsball.attacks.spatial import rotation_translation
 from epsball.attacks.square import square
 from epsball.attacks.surrogate import Surrogate, transferred
+from epsball.attacks.sweep import sweep
 from epsball.attacks.transfer import di_fgsm
 from epsball.core import Attack, AttackLike, Drop, Goal, Key, Model, Outcome, Problem, Projects, Reading, Victim, Watch
 from epsball.core.attack import recipe
@@ -29,6 +31,14 @@ from epsball.threats import L0, L1, L2, Linf, Rigid
 
 ENOUGH = 1000
 """Queries from which on a second kind of search gets a share: with fewer, cutting the first one short loses more."""
+NARROW = 128
+"""Most features for which each is tried by itself: tables are read by trees and rules as often as by networks."""
+_SIDE = 8
+"""Shortest side of an image: what has a shorter one is none."""
+_STEPS = 8
+"""Fewest steps of a climb on differences."""
+_SWEPT = 64
+"""Fewest queries for which that is worth while."""
 _L1_STEP = 0.5  # of SimBA under L1: a quarter of the radius breaks most at radius 2, all of it as many at radius 1
 _EDGE = 1e6  # a step of SimBA that ends at the edge of any ball
 
@@ -52,6 +62,10 @@ def blackbox(budget: int = 1000, threat: Projects | None = None, surrogate: Surr
     | L0, pixels or features | Sparse-RS | random sets, at corners of the box |
     | rigid | an even grid, as fine as the budget allows | the same |
     | others | random points of the ball | the same |
+
+    Of inputs of at most 128 features that are no images (a side below 8), half of the queries by scores go to a sweep of every feature
+    first (under L1 from 64 queries on, under Linf and L2 from 1,000), then an eighth each to two climbs on differences along every
+    feature, where that makes 8 steps.
 
     A surrogate is attacked before all of these, by DI-FGSM under Linf and L2, else by MI-FGSM: the victim is asked once whether
     that carried over, and the searches above run only where it did not.
@@ -87,10 +101,28 @@ class Share:
     queries: int
 
 
-def searches(threat: Projects, access: Access, queries: int) -> tuple[Share, ...]:
-    """The searches of `blackbox` for what the victim shows, which together ask at most `queries` beside the clean answer."""
-    found = _by_labels if access is Access.LABELS else _by_scores
-    return tuple(found(threat, queries))
+def searches(threat: Projects, access: Access, queries: int, x: Tensor) -> tuple[Share, ...]:
+    """The searches of `blackbox` for inputs like x (B, ...), by what the victim shows: at most `queries` beside the clean answer."""
+    if access is Access.LABELS:
+        return tuple(_by_labels(threat, queries))
+    found = tuple(_by_features(threat, queries, x)) if narrow(x) and isinstance(threat, Linf | L2 | L1) else ()
+    return (*found, *_by_scores(threat, queries - sum(share.queries for share in found)))
+
+
+def _by_features(threat: Projects, queries: int, x: Tensor) -> Iterator[Share]:
+    """A sweep, for half of the queries, and for a quarter climbs on differences, where these are enough for some steps."""
+    if queries >= (_SWEPT if isinstance(threat, L1) else ENOUGH):
+        yield Share(sweep(queries // 2, threat), queries // 2)
+    look = 2 * x[0].numel() + 1
+    steps = (queries // 8 - 1) // look
+    if steps >= _STEPS:
+        for share in (0.1, 0.5):
+            yield Share(replace(differences(steps, threat, share=share), name=f"differences_{share:g}"), steps * look + 1)
+
+
+def narrow(x: Tensor) -> bool:
+    """Whether inputs (B, ...) have few features and are no images: rows of tables, short signals, some points."""
+    return x[0].numel() <= NARROW and (x.ndim == 2 or min(x.shape[-2:]) < _SIDE)
 
 
 def _by_scores(threat: Projects, queries: int) -> Iterator[Share]:
@@ -182,18 +214,18 @@ class BlackBox:
         """As `Attack.__call__`."""
         with Victim.of(model) as victim:
             case = opened(victim, x, goal, radius, clean, seed)
-            parts = Cascade(tuple(share.attack for share in self._shares(victim.access)), self.name)
+            parts = Cascade(tuple(share.attack for share in self._shares(victim.access, x)), self.name)
             outcome = case.run(parts, drop, watch)
         return replace(outcome, queries=outcome.queries + case.queries)
 
-    def _shares(self, access: Access) -> Iterator[Share]:
+    def _shares(self, access: Access, x: Tensor) -> Iterator[Share]:
         """What carries over from a surrogate, one query; then searches for the rest of the budget."""
         left = self.budget - 1
         if self.first is not None:
             yield Share(self.first, 1)
             left -= 1
         if left:
-            yield from searches(self.threat, access, left)
+            yield from searches(self.threat, access, left, x)
 
     def __repr__(self) -> str:
         return recipe(self)

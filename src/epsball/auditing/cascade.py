@@ -9,9 +9,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from epsball.auditing.checks import FINAL_CHECKS, ROUND_CHECKS, Scene, attack_row, effort_suffices, queries_suffice, told_once
+from epsball.auditing.checks import FINAL_CHECKS, ROUND_CHECKS, Scene, attack_row, effort_suffices, queries_suffice, severity, told_once
 from epsball.auditing.doubted import across, by_chance, by_directions, smooth, through_twins
-from epsball.auditing.plan import CLOSE, Stage, beside, black_box, plan, row_budget
+from epsball.auditing.plan import CLOSE, Stage, beside, black_box, plan, row_budget, swept
 from epsball.auditing.referee import Referee
 from epsball.auditing.results import Flag
 from epsball.auditing.sheet import Hits, Round, Sheet
@@ -33,23 +33,25 @@ class Tick:
 
 
 Progress = Callable[[Tick], None]
+MISLED = frozenset({"noise-wins", "black-box-wins"})
+"""Flags of searches without gradients that found what gradients passed over."""
 
 
 def stages_of(sheet: Sheet, current: Round, effort: str) -> tuple[Stage, ...]:
     """The plan for this model under one threat at one radius, as the sheet's sight of the model wants it.
 
     A victim that shows no gradients gets searches that need none; one whose gradients are dead, hidden or rough gets these as well,
-    after those through its twin.
+    after those through its twin. Of tables every feature is tried by itself.
     """
-    threat, sight, model = sheet.threat(current.threat), sheet.sight, sheet.subject.victim
+    threat, sight, model, x = sheet.threat(current.threat), sheet.sight, sheet.subject.victim, sheet.subject.x
     if not sheet.shown:
-        return black_box(threat, model.access, sheet.queries)
+        return black_box(threat, model.access, sheet.queries, x)
     single, dead = isinstance(sheet.subject.goal, Untargeted), sight.dead
     known = plan(threat, effort, classes=sheet.clean.shape[1], single_label=single, gradients=not dead)
     beyond = (*by_directions(threat, effort, sight.shaken), *across(threat, effort, sight.forks))
     further = [replace(stage, beyond=not dead) for stage in beyond]
     if dead:  # noise and grids are part of both
-        names, blind = {stage.attack.name for stage in known}, beside(threat, model.access, effort, sheet.queries)
+        names, blind = {stage.attack.name for stage in known}, beside(threat, model.access, effort, sheet.queries, x)
         return (*known, *further, *(replace(stage, beyond=False) for stage in blind if stage.attack.name not in names))
     if sight.bare is not None:
         own = by_chance(threat, effort, model, sight.victim.draws, known) if sight.own else ()
@@ -65,7 +67,7 @@ def stages_of(sheet: Sheet, current: Round, effort: str) -> tuple[Stage, ...]:
     if sight.straight is not None:
         stages += [replace(for_twin(s), victim=sight.straight, beyond=True) for s in known]
     stages += further
-    return (*stages, *beside(threat, model.access, effort, sheet.queries)) if sight.doubted else tuple(stages)
+    return (*stages, *(beside(threat, model.access, effort, sheet.queries, x) if sight.doubted else swept(threat, effort, x)))
 
 
 def for_twin(stage: Stage) -> Stage:
@@ -93,14 +95,11 @@ def cascade(sheet: Sheet, referee: Referee, effort: str, seed: int, drop: bool, 
     for current, stage in stop.order([(current, stages_of(sheet, current, effort)) for current in sheet.rounds]):
         started = time.perf_counter()
         try:
+            told = Told(sheet, current, progress, behind / total)
             if stage is None:
-                doubt(sheet, referee, current, effort, seed)
+                doubt(sheet, referee, current, effort, seed, drop, told)
                 continue
-
-            def watch(_step: int, _steps: int, left: int, stage: Stage = stage, share: float = behind / total) -> None:
-                progress(Tick(sheet.subject.victim.name, current.threat, current.text, stage.attack.name, left, share))  # noqa: B023
-
-            spent = attack_round(sheet, referee, current, stage, seed, drop, watch)
+            spent = attack_round(sheet, referee, current, stage, seed, drop, told.watch(stage))
             current.late += int((current.asked + spent > sheet.queries / 2).sum())
             current.asked += stage.rows
             current.ran += 1
@@ -114,31 +113,59 @@ def cascade(sheet: Sheet, referee: Referee, effort: str, seed: int, drop: bool, 
             return
 
 
-def doubt(sheet: Sheet, referee: Referee, current: Round, effort: str, seed: int) -> None:
+@dataclass(frozen=True)
+class Told:
+    """Who is told of a round's progress, with that share (0..1) of the planned work behind."""
+
+    sheet: Sheet
+    current: Round
+    progress: Progress
+    share: float = 1.0
+
+    def watch(self, stage: Stage) -> Callable[[int, int, int], None]:
+        """What a stage calls once a step."""
+        name, now, attack = self.sheet.subject.victim.name, self.current, stage.attack.name
+        return lambda _step, _steps, left: self.progress(Tick(name, now.threat, now.text, attack, left, self.share))
+
+
+def doubt(sheet: Sheet, referee: Referee, current: Round, effort: str, seed: int, drop: bool, told: Told) -> None:
     """The checks of a round whose attacks have all run; with them it is finished.
+
+    Where one breaks without gradients what attacks with them left standing, the longer searches without gradients run on all that stand,
+    and the checks are asked again.
 
     Left out where answers depend on the batch: searches drop samples, so each asks other batches.
     """
-    scene = Scene(sheet, referee, current, seed, sheet.sight.victim)
-    if current.beyond:
-        current.flags.append(masked(sheet, current))
+    scene, before = Scene(sheet, referee, current, seed, sheet.sight.victim), list(current.flags)
+    flags, misled = list[Flag](), False
+    current.flags += masked(sheet, current)  # stays where the checks are cut short
     if not sheet.shown:
-        current.flags += queries_suffice(scene, current.late)
+        flags += queries_suffice(scene, current.late)
     elif not sheet.sight.dead and not sheet.found("batch"):
         last = current is [r for r in sheet.rounds if r.threat == current.threat][-1]
         checks = ROUND_CHECKS + (FINAL_CHECKS if last else ())
-        current.flags += told_once(flag for check in checks for flag in check(scene))
-        current.flags += effort_suffices(scene, effort)
+        flags += told_once(flag for check in checks for flag in check(scene))
+        misled = not sheet.sight.doubted and not sheet.sight.random and any(flag.id in MISLED for flag in flags)
+        if misled:
+            for stage in beside(scene.threat, sheet.subject.victim.access, effort, sheet.queries, sheet.subject.x):
+                attack_round(sheet, referee, current, stage, seed, drop, told.watch(stage))
+            flags = list(told_once(flag for check in checks for flag in check(scene)))
+        flags += effort_suffices(scene, effort)
+    current.flags = [*before, *masked(sheet, current, misled), *flags]
     current.finished = True
 
 
-def masked(sheet: Sheet, current: Round) -> Flag:
-    """Searches that follow the model's own gradients missed what others found."""
+def masked(sheet: Sheet, current: Round, misled: bool = False) -> list[Flag]:
+    """Searches that follow the model's own gradients missed what others found: any where something speaks against these, else many."""
+    correct = int(sheet.correct.sum())
+    expected = misled or sheet.sight.doubted or sheet.sight.forks != ()
+    if not current.beyond or not (expected or severity(current.beyond, correct) == "block"):
+        return []
     message = (
-        f"{current.beyond} of {int(sheet.correct.sum())} samples broke only by searches that do not follow the model's own gradients: "
+        f"{current.beyond} of {correct} samples broke only by searches that do not follow the model's own gradients: "
         "any evaluation that follows them alone is too good."
     )
-    return Flag(id="masked", severity="warn", message=message, fix="Quote this audit's number, and name the step that hides gradients.")
+    return [Flag(id="masked", severity="warn", message=message, fix="Quote this audit's number, and name the step that hides gradients.")]
 
 
 def attack_round(

@@ -27,9 +27,10 @@ from epsball.attacks import (
     sparse_rs,
     stadv,
     swaps,
+    sweep,
     vertices,
 )
-from epsball.attacks.blackbox import searches
+from epsball.attacks.blackbox import narrow, searches
 from epsball.attacks.combine import Restarts, restarted
 from epsball.attacks.swaps import Swaps
 from epsball.attacks.vertices import Vertices
@@ -147,16 +148,28 @@ def plan(threat: Projects, effort: str, *, classes: int, single_label: bool, gra
     return (*stages, _variable(threat, steps_of(threat, effort), (5, 9, 9)[level], classes if aimed else 0), from_starts(threat, effort, 1))
 
 
-def black_box(threat: Projects, access: Access, queries: int) -> tuple[Stage, ...]:
-    """The searches of `epsball.blackbox`, each a stage."""
-    return tuple(Stage(share.attack, share.queries) for share in searches(threat, access, queries))
+def black_box(threat: Projects, access: Access, queries: int, x: Tensor) -> tuple[Stage, ...]:
+    """The searches of `epsball.blackbox` for inputs like x (B, ...), each a stage."""
+    return tuple(Stage(share.attack, share.queries) for share in searches(threat, access, queries, x))
 
 
-def beside(threat: Projects, access: Access, effort: str, queries: int) -> Iterator[Stage]:
+def swept(threat: Projects, effort: str, x: Tensor) -> Iterator[Stage]:
+    """Each feature by itself, where inputs (B, ...) have few: tables are read in steps, by rules and bins, that gradients pass over.
+
+    So many rounds of 8 values each, which cost a row of a table next to nothing.
+    """
+    rounds = (0, 4, 12)[EFFORTS.index(effort)]
+    if rounds and narrow(x) and isinstance(threat, Linf | L2 | L1):
+        features = x[0].numel()
+        queries = rounds * (8 * features + 9 + 2 * features.bit_length())
+        yield Stage(sweep(queries, threat), queries // 2, beyond=True)
+
+
+def beside(threat: Projects, access: Access, effort: str, queries: int, x: Tensor) -> Iterator[Stage]:
     """The same for models that have gradients which are doubted; a search that broke a twentieth of what it tried starts anew with four
     times as many queries, but at effort fast."""
-    longer = black_box(threat, access, 4 * queries) if effort != "fast" else ()
-    for number, search in enumerate(black_box(threat, access, queries)):
+    longer = black_box(threat, access, 4 * queries, x) if effort != "fast" else ()
+    for number, search in enumerate(black_box(threat, access, queries, x)):
         yield replace(search, beyond=True)
         if longer:
             yield replace(longer[number], beyond=True, pays=PAYS)

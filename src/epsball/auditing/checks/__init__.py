@@ -9,7 +9,13 @@ from epsball.auditing.checks.binarize import planted_inputs_are_found
 from epsball.auditing.checks.contract import answers_in_one_pass, classes_suffice
 from epsball.auditing.checks.effort import effort_suffices, losses_agree, queries_suffice
 from epsball.auditing.checks.limits import floor_is_reached, radius_means_something, rounding_matters
-from epsball.auditing.checks.masking import black_box_finds_nothing, noise_finds_nothing, one_step_finds_nothing, transfer_finds_nothing
+from epsball.auditing.checks.masking import (
+    black_box_finds_nothing,
+    noise_finds_nothing,
+    one_step_finds_nothing,
+    severity,
+    transfer_finds_nothing,
+)
 from epsball.auditing.checks.scene import Check, Scene, attack_row, told_once
 from epsball.auditing.checks.search import curve_falls, edge_is_reached, freedom_suffices, search_has_ended
 from epsball.auditing.checks.surface import gradients_tell, promises_are_kept, scores_are_steady
@@ -46,6 +52,7 @@ __all__ = [
     "losses_agree",
     "queries_suffice",
     "rounding_matters",
+    "severity",
     "told_once",
     "transfer_finds_nothing",
 ]
