@@ -20,7 +20,7 @@ from epsball.attacks.sparse_rs import sparse_rs
 from epsball.attacks.spatial import rotation_translation
 from epsball.attacks.square import square
 from epsball.attacks.surrogate import Surrogate, transferred
-from epsball.attacks.sweep import sweep
+from epsball.attacks.sweep import VALUES, sweep
 from epsball.attacks.transfer import di_fgsm
 from epsball.core import Attack, AttackLike, Drop, Goal, Key, Model, Outcome, Problem, Projects, Reading, Victim, Watch
 from epsball.core.attack import recipe
@@ -37,8 +37,6 @@ _SIDE = 8
 """Shortest side of an image: what has a shorter one is none."""
 _STEPS = 8
 """Fewest steps of a climb on differences."""
-_SWEPT = 64
-"""Fewest queries for which that is worth while."""
 _L1_STEP = 0.5  # of SimBA under L1: a quarter of the radius breaks most at radius 2, all of it as many at radius 1
 _EDGE = 1e6  # a step of SimBA that ends at the edge of any ball
 
@@ -64,8 +62,8 @@ def blackbox(budget: int = 1000, threat: Projects | None = None, surrogate: Surr
     | others | random points of the ball | the same |
 
     Of inputs of at most 128 features that are no images (a side below 8), half of the queries by scores go to a sweep of every feature
-    first (under L1 from 64 queries on, under Linf and L2 from 1,000), then an eighth each to two climbs on differences along every
-    feature, where that makes 8 steps.
+    first where they last for a round (16 queries a feature, under Linf and L2 not below 1,000), then an eighth each to two climbs on
+    differences along every feature, where that makes 8 steps.
 
     A surrogate is attacked before all of these, by DI-FGSM under Linf and L2, else by MI-FGSM: the victim is asked once whether
     that carried over, and the searches above run only where it did not.
@@ -110,8 +108,8 @@ def searches(threat: Projects, access: Access, queries: int, x: Tensor) -> tuple
 
 
 def _by_features(threat: Projects, queries: int, x: Tensor) -> Iterator[Share]:
-    """A sweep, for half of the queries, and for a quarter climbs on differences, where these are enough for some steps."""
-    if queries >= (_SWEPT if isinstance(threat, L1) else ENOUGH):
+    """A sweep, for half of the queries, where these last for a round; for a quarter climbs on differences, where they make some steps."""
+    if queries // 2 >= VALUES * x[0].numel() and (queries >= ENOUGH or isinstance(threat, L1)):
         yield Share(sweep(queries // 2, threat), queries // 2)
     look = 2 * x[0].numel() + 1
     steps = (queries // 8 - 1) // look

@@ -16,6 +16,8 @@ from epsball.core.victim import Access
 from epsball.errors import BadInput
 from epsball.threats import L1, L2, Linf
 
+VALUES = 8
+"""Values of a feature that a round asks for, unless told."""
 _GUARD = 1 - 1e-5
 """Share of the radius that is given out: what single precision may be off by when it sums up a change."""
 _TOGETHER = 256
@@ -290,7 +292,7 @@ def _priced(gains: Tensor, cost: Tensor, budget: Tensor) -> Tensor:
     threats=("linf", "l2", "l1"),
     cost="at most queries forwards",
 )
-def sweep(queries: int = 5000, threat: Projects | None = None, objective: Objective = margin_or_entropy, values: int = 8) -> Attack:
+def sweep(queries: int = 5000, threat: Projects | None = None, objective: Objective = margin_or_entropy, values: int = VALUES) -> Attack:
     """Every feature alone over all its values, then the best of these together within the budget, round after round (`Sweep`).
 
     For tables, and for models that go in steps: trees, rules, bins, values that are filled in.

@@ -33,6 +33,7 @@ from epsball.attacks import (
 from epsball.attacks.blackbox import narrow, searches
 from epsball.attacks.combine import Restarts, restarted
 from epsball.attacks.swaps import Swaps
+from epsball.attacks.sweep import VALUES
 from epsball.attacks.vertices import Vertices
 from epsball.core import Access, Attack, AttackLike, Objective, Projects, Victim
 from epsball.errors import BadInput
@@ -156,12 +157,12 @@ def black_box(threat: Projects, access: Access, queries: int, x: Tensor) -> tupl
 def swept(threat: Projects, effort: str, x: Tensor) -> Iterator[Stage]:
     """Each feature by itself, where inputs (B, ...) have few: tables are read in steps, by rules and bins, that gradients pass over.
 
-    So many rounds of 8 values each, which cost a row of a table next to nothing.
+    So many rounds, which cost a row of a table next to nothing.
     """
     rounds = (0, 4, 12)[EFFORTS.index(effort)]
     if rounds and narrow(x) and isinstance(threat, Linf | L2 | L1):
         features = x[0].numel()
-        queries = rounds * (8 * features + 9 + 2 * features.bit_length())
+        queries = rounds * (VALUES * features + 9 + 2 * features.bit_length())
         yield Stage(sweep(queries, threat), queries // 2, beyond=True)
 
 
