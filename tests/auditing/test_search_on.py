@@ -31,7 +31,7 @@ class Rules(nn.Module):
         return torch.stack([lead, -lead], 1)
 
 
-def told(tmp_path: Path, model: nn.Module, x: Tensor, threat: str, effort: str = "default") -> ModelReport:
+def audited(tmp_path: Path, model: nn.Module, x: Tensor, threat: str, effort: str = "default") -> ModelReport:
     labels = model(x).argmax(1)
     return eb.audit(eb.wrap(model, box=(0, 1)), (x, labels), threat, seed=0, effort=effort, out=tmp_path / effort).models[0]
 
@@ -45,7 +45,7 @@ def test_where_noise_wins_the_search_goes_on_without_gradients(tmp_path: Path) -
     x = drawn(40, 1, 8, 8)
     x.flatten(1)[:, :3] = 0.05
     x[-4:].flatten(1)[:, :3] = 0.0  # of the other class, for data of one are refused
-    result = told(tmp_path, Pit().eval(), x, "linf:0.1").results[0]
+    result = audited(tmp_path, Pit().eval(), x, "linf:0.1").results[0]
     names = [attack.name for attack in result.attacks]
     assert names.index("check: noise") < names.index("check: black box") < names.index("square")
     left = result.attacks[names.index("square")]
@@ -58,11 +58,11 @@ def test_where_noise_wins_the_search_goes_on_without_gradients(tmp_path: Path) -
 def test_tables_are_swept_and_nothing_is_said_of_honest_ones(tmp_path: Path) -> None:
     x = drawn(40, 12)
     x[-4:, :3] = 0.95
-    result = told(tmp_path, Rules().eval(), x, "linf:0.7").results[0]
+    result = audited(tmp_path, Rules().eval(), x, "linf:0.7").results[0]
     assert "sweep" in [attack.name for attack in result.attacks]
     assert result.value == 0
     assert "masked" in {flag.id for flag in result.flags}
-    assert "sweep" not in [attack.name for attack in told(tmp_path, Rules().eval(), x, "linf:0.7", "fast").results[0].attacks]
+    assert "sweep" not in [attack.name for attack in audited(tmp_path, Rules().eval(), x, "linf:0.7", "fast").results[0].attacks]
     torch.manual_seed(0)
-    honest = told(tmp_path / "honest", nn.Sequential(nn.Linear(12, 2)).eval().requires_grad_(False), x, "linf:0.01")
+    honest = audited(tmp_path / "honest", nn.Sequential(nn.Linear(12, 2)).eval().requires_grad_(False), x, "linf:0.01")
     assert "masked" not in {flag.id for flag in honest.results[0].flags}

@@ -103,7 +103,7 @@ def searches(threat: Projects, access: Access, queries: int, x: Tensor) -> tuple
     """The searches of `blackbox` for inputs like x (B, ...), by what the victim shows: at most `queries` beside the clean answer."""
     if access is Access.LABELS:
         return tuple(_by_labels(threat, queries))
-    found = tuple(_by_features(threat, queries, x)) if narrow(x) and isinstance(threat, Linf | L2 | L1) else ()
+    found = tuple(_by_features(threat, queries, x)) if narrow(threat, x) else ()
     return (*found, *_by_scores(threat, queries - sum(share.queries for share in found)))
 
 
@@ -118,9 +118,10 @@ def _by_features(threat: Projects, queries: int, x: Tensor) -> Iterator[Share]:
             yield Share(replace(differences(steps, threat, share=share), name=f"differences_{share:g}"), steps * look + 1)
 
 
-def narrow(x: Tensor) -> bool:
-    """Whether inputs (B, ...) have few features and are no images: rows of tables, short signals, some points."""
-    return x[0].numel() <= NARROW and (x.ndim == 2 or min(x.shape[-2:]) < _SIDE)
+def narrow(threat: Projects, x: Tensor) -> bool:
+    """Whether each feature can be tried by itself: inputs (B, ...) of few, and no images, as rows of tables, short signals, some points."""
+    few = x[0].numel() <= NARROW and (x.ndim == 2 or min(x.shape[-2:]) < _SIDE)
+    return few and isinstance(threat, Linf | L2 | L1)
 
 
 def _by_scores(threat: Projects, queries: int) -> Iterator[Share]:

@@ -38,9 +38,9 @@ _NEVER = 1e30
 
 @dataclass(frozen=True)
 class _Swept:
-    """Where a search stands: at z (B, ...), of that worth (B,), where the rivals' leads are (B, W), after so many rounds (`turn`) and
-    queries (`asked`), `idle` (B,) rounds behind its last gain. Features come in `order` (B, D); of this round's first `done`, `gains`
-    (B, K, V, W) are what their `values` (B, K, V) add to the leads.
+    """Where a search stands: at z (B, ...), of that worth (B,), after so many rounds (`turn`) and queries (`asked`), `idle` (B,) rounds
+    behind its last gain. `leads` (B, W) are the score and the leads of the rivals there. Features come in `order` (B, D); of this
+    round's first `done`, `gains` (B, K, V, W) are what their `values` (B, K, V) add to the leads.
     """
 
     z: Tensor
@@ -242,6 +242,11 @@ def _picked(leads: Tensor, gains: Tensor, cost: Tensor, budget: Tensor, halves: 
             stays = (rank >= count >> number)[..., None] & moved
             picks.append(_allotted(some.masked_fill(stays, -_NEVER), cost, budget)[:, None])
     return torch.cat(picks, 1)
+
+
+def of_rounds(rounds: int, features: int) -> int:
+    """Queries that suffice for so many rounds of a sweep of so many features."""
+    return rounds * (VALUES * features + _AIMS + 2 * features.bit_length())
 
 
 def _cost(problem: Problem, change: Tensor) -> Tensor:

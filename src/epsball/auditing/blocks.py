@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from epsball.auditing.cascade import Tick, Told, cascade, doubt
+from epsball.auditing.cascade import Listener, Tick, cascade, doubt
 from epsball.auditing.cost import most_forwards
 from epsball.auditing.referee import Referee
 from epsball.auditing.results import AttackRow
@@ -80,7 +80,7 @@ class Turn:
         with self.stop.on(sheet):
             for current in sheet.rounds:
                 try:
-                    doubt(sheet, self.referee, current, self.effort, self.seed, self.drop, Told(sheet, current, self.progress))
+                    doubt(sheet, self.referee, current, self.effort, self.seed, self.drop, Listener(sheet, current, self.progress))
                 except Spent:
                     self.stop.book(sheet, current, None)
                     return

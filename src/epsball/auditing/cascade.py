@@ -95,11 +95,11 @@ def cascade(sheet: Sheet, referee: Referee, effort: str, seed: int, drop: bool, 
     for current, stage in stop.order([(current, stages_of(sheet, current, effort)) for current in sheet.rounds]):
         started = time.perf_counter()
         try:
-            told = Told(sheet, current, progress, behind / total)
+            listener = Listener(sheet, current, progress, behind / total)
             if stage is None:
-                doubt(sheet, referee, current, effort, seed, drop, told)
+                doubt(sheet, referee, current, effort, seed, drop, listener)
                 continue
-            spent = attack_round(sheet, referee, current, stage, seed, drop, told.watch(stage))
+            spent = attack_round(sheet, referee, current, stage, seed, drop, listener.watch(stage))
             current.late += int((current.asked + spent > sheet.queries / 2).sum())
             current.asked += stage.rows
             current.ran += 1
@@ -114,7 +114,7 @@ def cascade(sheet: Sheet, referee: Referee, effort: str, seed: int, drop: bool, 
 
 
 @dataclass(frozen=True)
-class Told:
+class Listener:
     """Who is told of a round's progress, with that share (0..1) of the planned work behind."""
 
     sheet: Sheet
@@ -128,7 +128,7 @@ class Told:
         return lambda _step, _steps, left: self.progress(Tick(name, now.threat, now.text, attack, left, self.share))
 
 
-def doubt(sheet: Sheet, referee: Referee, current: Round, effort: str, seed: int, drop: bool, told: Told) -> None:
+def doubt(sheet: Sheet, referee: Referee, current: Round, effort: str, seed: int, drop: bool, listener: Listener) -> None:
     """The checks of a round whose attacks have all run; with them it is finished.
 
     Where one breaks without gradients what attacks with them left standing, the longer searches without gradients run on all that stand,
@@ -148,7 +148,7 @@ def doubt(sheet: Sheet, referee: Referee, current: Round, effort: str, seed: int
         misled = not sheet.sight.doubted and not sheet.sight.random and any(flag.id in MISLED for flag in flags)
         if misled:
             for stage in beside(scene.threat, sheet.subject.victim.access, effort, sheet.queries, sheet.subject.x):
-                attack_round(sheet, referee, current, stage, seed, drop, told.watch(stage))
+                attack_round(sheet, referee, current, stage, seed, drop, listener.watch(stage))
             flags = list(told_once(flag for check in checks for flag in check(scene)))
         flags += effort_suffices(scene, effort)
     current.flags = [*before, *masked(sheet, current, misled), *flags]

@@ -33,7 +33,7 @@ from epsball.attacks import (
 from epsball.attacks.blackbox import narrow, searches
 from epsball.attacks.combine import Restarts, restarted
 from epsball.attacks.swaps import Swaps
-from epsball.attacks.sweep import VALUES
+from epsball.attacks.sweep import of_rounds
 from epsball.attacks.vertices import Vertices
 from epsball.core import Access, Attack, AttackLike, Objective, Projects, Victim
 from epsball.errors import BadInput
@@ -160,9 +160,8 @@ def swept(threat: Projects, effort: str, x: Tensor) -> Iterator[Stage]:
     So many rounds, which cost a row of a table next to nothing.
     """
     rounds = (0, 4, 12)[EFFORTS.index(effort)]
-    if rounds and narrow(x) and isinstance(threat, Linf | L2 | L1):
-        features = x[0].numel()
-        queries = rounds * (VALUES * features + 9 + 2 * features.bit_length())
+    if rounds and narrow(threat, x):
+        queries = of_rounds(rounds, x[0].numel())
         yield Stage(sweep(queries, threat), queries // 2, beyond=True)
 
 

@@ -1,9 +1,9 @@
 """Layers as a search needs them: on the CPU their gradients by the input alone, in the forms that are fastest there.
 
 Convolutions of few input channels, as the first layers of most networks are, give them as matrix products that are added up where they
-came from: 2 to 7 times as fast as oneDNN's own. Others with a stride give them as one convolution without a stride, whose channels are
-the places within a stride. Large linear layers are asked of oneDNN, which is twice as fast as MKL on some processors. All are the same
-sums in another order.
+came from: oneDNN takes a multiple of the time. Others with a stride give them as one convolution without a stride, whose channels are the
+places within a stride. Large linear layers are asked of oneDNN, which is twice as fast as MKL on some processors. All are the same sums
+in another order.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 Pair = tuple[int, int]
-
 
 FEW = 4
 """Most input channels at which matrix products are faster."""
@@ -61,11 +60,7 @@ def convolved(layer: nn.Conv2d, x: Tensor, weight: Tensor, bias: Tensor | None) 
 
 def folds(layer: nn.Conv2d) -> bool:
     """Whether matrix products give this layer's gradient, and faster."""
-    return layer.padding_mode == "zeros" and _few(layer.weight, layer.padding, layer.groups)
-
-
-def _few(weight: Tensor, padding: Any, groups: int) -> bool:
-    return weight.shape[1] <= FEW and groups == 1 and not isinstance(padding, str)
+    return layer.padding_mode == "zeros" and layer.in_channels <= FEW and layer.groups == 1 and not isinstance(layer.padding, str)
 
 
 def _watched() -> bool:
@@ -163,8 +158,9 @@ class ByInput(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
     def _convolved(self, x: Tensor, weight: Tensor, bias: Tensor | None, stride: Pair, padding: Any, dilation: Pair, groups: int) -> Tensor:
-        few = _few(weight, padding, groups)
-        strided = not few and groups == 1 and not isinstance(padding, str) and _strided(weight, stride, dilation)
+        plain = groups == 1 and not isinstance(padding, str)
+        few = plain and weight.shape[1] <= FEW
+        strided = plain and not few and _strided(weight, stride, dilation)
         if not few and not strided:
             return F.conv2d(x, weight, bias, stride, padding, dilation, groups)
         turned = self._kept(weight, x.shape[2:], stride, padding) if strided else None

@@ -33,6 +33,7 @@ def steady(model: nn.Module) -> Callable[[], None]:
             rows: list[int] = []
             handles.append(module.register_forward_pre_hook(_filler(axes, least, rows)))
             handles.append(module.register_forward_hook(_cutter(rows)))
+    # A layer that somebody has given another forward keeps it; a twin that shares this one's layers has it already.
     quick = [m for m in model.modules() if type(m) is nn.Conv2d and folds(m) and "_conv_forward" not in vars(m)]
     for layer in quick:
         layer._conv_forward = partial(convolved, layer)  # type: ignore[method-assign]
