@@ -30,6 +30,7 @@ from epsball.auditing.preflight import DENSITIES, PROBABILITIES, examine, look, 
 from epsball.auditing.results import ModelReport, Report
 from epsball.auditing.run import canaries
 from epsball.core import Tally, Victim
+from epsball.data import from_arrays
 from epsball.errors import BadInput, Refused
 from epsball.models import normalization
 
@@ -280,6 +281,34 @@ def test_nan_answers_are_no_class_and_widen_the_interval(share: float, trusted: 
 def test_a_model_that_answers_nothing_but_nan_is_refused(tmp_path: Path) -> None:
     with pytest.raises(Refused, match="NaN or infinite"):
         audited(eb.wrap(Around(lambda net, x: net(x) * torch.nan)), tmp_path)
+
+
+def signals(channels: int, length: int, n: int = 30) -> tuple[Tensor, Tensor]:
+    """Noise over time, (n, channels, length), of three classes."""
+    return torch.rand(n, channels, length, generator=torch.Generator().manual_seed(0)), torch.arange(n) % 3
+
+
+def test_signals_reach_the_model_as_they_are(tmp_path: Path) -> None:
+    """Two channels of 16 values are no image."""
+    x, y = signals(2, 16)
+    shapes: set[torch.Size] = set()
+
+    class Heard(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            shapes.add(x.shape[1:])
+            return (x - 0.5).flatten(1) @ torch.eye(3).repeat(11, 1)[:32]
+
+    report = audited(Heard(), tmp_path, data=(x, y))
+    assert shapes == {torch.Size((2, 16))}
+    assert not report.partial
+
+
+def test_where_signals_look_like_images_the_error_says_how_they_stay_as_they_are(tmp_path: Path) -> None:
+    x, y = signals(12, 100)
+    model = nn.Sequential(nn.Conv1d(12, 4, 3), nn.Flatten(), nn.Linear(4 * 98, 3))
+    with pytest.raises(BadInput, match=r"shape \(30, 1, 12, 100\).*--layout raw.*from_arrays\(x, y, layout='raw'\)"):
+        audited(model, tmp_path, data=(x, y))
+    assert not audited(model, tmp_path, data=from_arrays(x, y, layout="raw")).partial
 
 
 def test_nan_met_on_the_way_counts_from_that_radius_on(tmp_path: Path) -> None:

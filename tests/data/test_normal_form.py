@@ -35,6 +35,16 @@ def fails(words, x, y=Y, **settings):
         ((13, 8, 9), "chw", (13, 8, 9)),
         ((3, 8, 9), "flat", (216,)),
         ((20,), "auto", (20,)),
+        ((2, 128), "auto", (2, 128)),
+        ((128, 2), "auto", (128, 2)),
+        ((7, 14), "auto", (7, 14)),
+        ((7, 13), "auto", (1, 7, 13)),
+        ((8, 100), "auto", (1, 8, 100)),
+        ((2, 128), "hw", (1, 2, 128)),
+        ((28, 28), "raw", (28, 28)),
+        ((5, 32, 3), "raw", (5, 32, 3)),
+        ((2, 3, 4, 5), "raw", (2, 3, 4, 5)),
+        ((20,), "raw", (20,)),
     ],
 )
 def test_layouts(shape, layout, result):
@@ -46,7 +56,7 @@ def test_layouts(shape, layout, result):
     assert data.total == 4
     assert data.indices.tolist() == [0, 1, 2, 3]
     assert len(data.notes) == 1
-    channels_first = len(shape) == 3 and result[0] == shape[-1] and layout != "flat" and shape[0] != result[0]
+    channels_first = len(shape) == 3 and result[0] == shape[-1] and layout not in ("flat", "raw") and shape[0] != result[0]
     expected = np.moveaxis(raw, -1, 1) if channels_first or (layout == "hwc") else raw
     assert np.array_equal(data.x.numpy().reshape(-1), expected.reshape(-1).astype(np.float32) / np.float32(255))
 

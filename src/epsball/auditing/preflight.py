@@ -54,6 +54,9 @@ class Bench:
         return self.victim.outputs(x, Tally.zeros(len(x)))
 
 
+RAW = "; inputs that are no images go as they are with --layout raw, in Python with epsball.data.from_arrays(x, y, layout='raw')"
+
+
 def classes_fit(y: Tensor, output: Tensor) -> None:
     """Refuses labels that the model has no score for.
 
@@ -85,7 +88,7 @@ def look(victim: Victim, x: Tensor, y: Tensor) -> Bench:
         said = " ".join(str(error).split())[:160] or "no message"
         raise BadInput(
             f"model '{victim.name}': raised {type(error).__name__} ({said}) for inputs of shape {tuple(part.shape)}: "
-            "check that model, data and layout belong together"
+            f"check that model, data and layout belong together{RAW if part.ndim == 4 and part.shape[1] == 1 else ''}"
         ) from error
     classes_fit(y, output)
     return Bench(victim, part, as_goal(y[: len(part)].to(victim.device)), output)

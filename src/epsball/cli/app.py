@@ -63,7 +63,7 @@ Weights = Annotated[
 ]
 DataOpt = Annotated[str, typer.Option("--data", "-d", help="digits, a .npz, an image folder, MNIST idx files, Parquet, or hf:PATH.")]
 Split = Annotated[str, typer.Option(help="Part of the data, where it has several.")]
-Layout = Annotated[str, typer.Option(help="Axes of an image: auto, hw, hwc, chw or flat.")]
+Layout = Annotated[str, typer.Option(help="Axes of an image: auto, hw, hwc, chw or flat; raw: leave inputs as they are.")]
 Mean = Annotated[str | None, typer.Option(metavar="M[,M,M]", help="Mean that the model's inputs are normalized by.")]
 Std = Annotated[str | None, typer.Option(metavar="S[,S,S]", help="Standard deviation that they are normalized by.")]
 Box = Annotated[str, typer.Option(metavar="LOW,HIGH", help="Legal range of inputs.")]

@@ -62,7 +62,7 @@ def train(
     weights: Annotated[str | None, typer.Option("--weights", "-w", metavar="FILE", help="Weights of MODEL to start from.")] = None,
     mean: Annotated[str | None, typer.Option(metavar="M[,M,M]", help="Mean that MODEL's inputs are normalized by.")] = None,
     std: Annotated[str | None, typer.Option(metavar="S[,S,S]", help="Standard deviation that they are normalized by.")] = None,
-    layout: Annotated[str, typer.Option(help="Axes of an image: auto, hw, hwc, chw or flat.")] = "auto",
+    layout: Annotated[str, typer.Option(help="Axes of an image: auto, hw, hwc, chw or flat; raw: leave inputs as they are.")] = "auto",
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")] = "cpu",
     seed: Annotated[int, typer.Option(help="Of order, noise and the small network's weights.")] = 0,
     out: Annotated[Path | None, typer.Option("--out", "-o", metavar="DIR", help="Folder; one with a checkpoint goes on there.")] = None,

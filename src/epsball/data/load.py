@@ -105,12 +105,14 @@ def from_arrays(
     """Arrays or tensors, brought to normal form.
 
     Args:
-        x: (N, F), (N, H, W), (N, C, H, W) or (N, H, W, C); uint8, or float in the box, or whole numbers 0..255.
+        x: (N, F), (N, H, W), (N, C, H, W), (N, H, W, C), or any (N, ...) with layout "raw"; uint8, or float in the box, or whole numbers
+            0..255.
         y: (N,) whole numbers, one-hot (N, C), or multi-label (N, C).
         name: shown in reports.
         n: take a class-stratified subset of this size; None takes all, in order.
         seed: decides the subset.
-        layout: the axes of ``x`` after the first; "auto" looks for an axis of 1, 3 or 4.
+        layout: the axes of ``x`` after the first; "auto" looks for an axis of 1, 3 or 4, and leaves (N, C, T) as it is where one side is
+            below 8 and the other at least twice as long; "raw" leaves any shape as it is.
         box: the range of valid values; 0..255 is mapped onto it.
         class_names: one name for each class.
         label_kind: "classes" or "multilabel"; "auto" takes (N, C) as one-hot if every row has a single 1.

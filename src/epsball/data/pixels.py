@@ -1,4 +1,4 @@
-"""Images of any common kind, brought to one form: float32, (N, C, H, W) or (N, F), inside the box."""
+"""Images of any common kind, brought to one form: float32, (N, C, H, W) or (N, F), inside the box; other inputs as they are."""
 
 from __future__ import annotations
 
@@ -11,11 +11,13 @@ from torch import Tensor
 from epsball.data.source import Array, Span
 from epsball.errors import BadInput
 
-Layout = Literal["auto", "hw", "hwc", "chw", "flat"]
+Layout = Literal["auto", "hw", "hwc", "chw", "flat", "raw"]
 Box = tuple[float, float]
-LAYOUTS = ("auto", "hw", "hwc", "chw", "flat")
+LAYOUTS = ("auto", "hw", "hwc", "chw", "flat", "raw")
 _CHANNELS = (1, 3, 4)
 _AXES = {"hw": 3, "hwc": 4, "chw": 4}
+_THIN = 8
+"""Of inputs (N, H, W) with a side below this, and the other at least twice as long, none is an image: they are channels over time."""
 
 
 def check_box(box: Box) -> Box:
@@ -32,10 +34,10 @@ def check_box(box: Box) -> Box:
 
 
 def find_layout(shape: tuple[int, ...], layout: Layout) -> str:
-    """Which axes a batch of this shape has: "flat", "hw", "hwc" or "chw".
+    """Which axes a batch of this shape has: "flat", "hw", "hwc", "chw", or "raw", which stay as they are.
 
-    >>> find_layout((10, 28, 28), "auto"), find_layout((10, 32, 32, 3), "auto")
-    ('hw', 'hwc')
+    >>> find_layout((10, 28, 28), "auto"), find_layout((10, 32, 32, 3), "auto"), find_layout((10, 2, 128), "auto")
+    ('hw', 'hwc', 'raw')
     """
     if layout not in LAYOUTS:
         raise BadInput(f"layout: {layout!r} is unknown; choose one of {', '.join(LAYOUTS)}")
@@ -49,10 +51,11 @@ def find_layout(shape: tuple[int, ...], layout: Layout) -> str:
     if rank == 2:
         return "flat"
     if rank == 3:
-        return "hw"
+        short, long = sorted(shape[1:])
+        return "raw" if short < _THIN and long >= 2 * short else "hw"
     first, last = shape[1] in _CHANNELS, shape[-1] in _CHANNELS
     if rank != 4 or first == last:
-        raise BadInput(f"layout: it is unclear which axis of {text} holds the channels; say --layout chw, hwc or flat")
+        raise BadInput(f"layout: it is unclear which axis of {text} holds the channels; say --layout chw, hwc, flat or raw")
     return "chw" if first else "hwc"
 
 
@@ -94,7 +97,7 @@ def normal_form(x: Array, span: Span, layout: Layout, box: Box) -> tuple[Tensor,
     Args:
         x: (n, ...) the chosen images.
         span: what the whole source holds; it decides the scale, so that every subset is scaled alike.
-        layout: the axes of ``x`` after the first; "auto" looks for an axis of 1, 3 or 4.
+        layout: the axes of ``x`` after the first; "auto" looks for an axis of 1, 3 or 4; "raw" leaves them as they are.
         box: (low, high); values 0..255 are mapped onto it.
 
     Raises:
@@ -103,7 +106,7 @@ def normal_form(x: Array, span: Span, layout: Layout, box: Box) -> tuple[Tensor,
     found = find_layout(x.shape, layout)
     scaled = _is_bytes(span, box)
     low, high = _inward(box)
-    arrived = f"{x.dtype} {'x'.join(map(str, x.shape[1:]))}" + ("" if found == "flat" else f" ({found.upper()})")
+    arrived = f"{x.dtype} {'x'.join(map(str, x.shape[1:]))}" + ("" if found in ("flat", "raw") else f" ({found.upper()})")
     arranged = _arrange(x, found)
     if scaled:
         table = (box[0] + np.arange(256) / 255 * (box[1] - box[0])).astype(np.float32)
