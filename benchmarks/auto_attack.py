@@ -17,7 +17,7 @@ import hashlib
 import json
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -300,15 +300,13 @@ def run_all(arguments: argparse.Namespace) -> None:
             print(row(at, seed, effort), flush=True)
 
 
-def in_turn(arguments: argparse.Namespace) -> None:
-    """Both sides under the same load: AutoAttack, then the search with each seed, all twice."""
-    rival = arguments.seed if arguments.rival is None else arguments.rival
-    for at in cases(arguments.n, arguments.seed, arguments.only):
-        at = replace(at, text=arguments.radius or at.text)
-        for _ in range(2):
+def in_turn(asked: Iterable[Case], rival: int, seeds: list[int], passes: int = 2) -> None:
+    """Both sides under the same load: AutoAttack, then the search with each seed, all of it so many times."""
+    for at in asked:
+        for _ in range(passes):
             theirs = official(at, rival)
             print(f"{at.name} {at.norm}:{at.text}, n {len(at.x)}: AutoAttack stands {theirs.robust}, {theirs.seconds:.2f} s")
-            for seed in arguments.turns:
+            for seed in seeds:
                 mine = searched(at, seed, "default")
                 share, rows = mine.seconds / theirs.seconds, mine.backwards / theirs.backwards
                 print(f"  seed {seed}: {mine.robust}, {mine.seconds:.2f} s ({share:.1%}), gradient rows {rows:.1%}", flush=True)
@@ -318,7 +316,8 @@ def main() -> None:
     arguments = parsed()
     torch.set_num_threads(1)
     if arguments.turns:
-        in_turn(arguments)
+        asked = (replace(at, text=arguments.radius or at.text) for at in cases(arguments.n, arguments.seed, arguments.only))
+        in_turn(asked, arguments.seed if arguments.rival is None else arguments.rival, arguments.turns)
         return
     if not arguments.tables:
         run_all(arguments)

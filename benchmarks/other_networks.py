@@ -3,7 +3,8 @@
 `OMP_NUM_THREADS=1 PYTHONPATH=../peers/auto-attack python benchmarks/other_networks.py`, as auto_attack.py, whose sides and images these
 are. Small networks of other shapes, activations and trainings (nets.py); the plan was mended with them in view, those of `EARLY` first.
 The radius is that at which 20 steps of PGD on cross-entropy leave 60 % standing, in two digits. Every run is
-kept as there. `--only WORD ...` takes the cases whose name holds a word and writes nothing.
+kept as there. `--only WORD ...` takes the cases whose name holds a word and writes nothing. `--turns SEED ...` keeps nothing: AutoAttack
+with the first of its seeds, then the search with each of these, one after the other.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 import nets
-from auto_attack import OFFICIAL, Case, Run, below, kept, official, place, sample, searched, source
+from auto_attack import OFFICIAL, Case, Run, below, in_turn, kept, official, place, sample, searched, source
 from epsball.attacks import pgd
 from epsball.core import Victim
 from epsball.threats import named
@@ -81,8 +82,12 @@ def main() -> None:
     parser.add_argument("--rivals", nargs="+", type=int, default=[0, 1], help="AutoAttack's seeds")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="the audit's seeds")
     parser.add_argument("--only", nargs="+", default=[], help="only cases whose name holds one of these")
+    parser.add_argument("--turns", nargs="+", type=int, metavar="SEED", help="both sides in turn, the search with these seeds; prints only")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
+    if arguments.turns:
+        in_turn(cases(arguments.n, arguments.only), arguments.rivals[0], arguments.turns, passes=1)
+        return
     lines = [
         "# The audit against AutoAttack on other networks",
         "",

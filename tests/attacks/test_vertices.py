@@ -150,7 +150,7 @@ def test_balls_shrink_geometrically_over_half_of_the_looks() -> None:
     model, outcome = searched(1 + 1e-6, 100)  # whatever exceeds 1 fools it, and nothing inside does
     looks = torch.tensor(model.sizes[1:], dtype=torch.float64)  # after the clean one
     assert not bool(outcome.reached)
-    assert len(looks) == 101
+    assert len(looks) == 66  # in the ball itself its margins no longer change, which 16 looks show
     most = torch.tensor([4 ** (1 - look / 50) for look in range(50)], dtype=torch.float64)
     assert bool((looks[:50] <= most + 1e-6).all())
     assert bool((looks[5:50] > 0.7 * most[5:]).all())
@@ -165,6 +165,46 @@ def test_it_is_over_at_the_check_after_which_larger_balls_held_nothing(far: floa
     assert int(outcome.queries) == rows + 1
     assert int(outcome.backwards) == rows
     assert float(outcome.size) <= 1
+
+
+class Swinging(nn.Module):
+    """Class 1 is behind by `behind`, and by `swing` less at every other look; its slope leads nowhere new."""
+
+    def __init__(self, behind: float, swing: float) -> None:
+        super().__init__()
+        self.behind, self.swing, self.looks = behind, swing, 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.looks += 1
+        score = 1e-9 * x.sum(1) - self.behind + self.swing * (self.looks % 2)
+        return torch.stack([torch.zeros_like(score), score], 1)
+
+
+@pytest.mark.parametrize(("behind", "rows"), [(3.1, 4), (2.9, 20)])
+def test_inside_the_budget_it_is_over_where_margins_swing_too_little_to_reach_the_goal(behind: float, rows: int) -> None:
+    """The best margin is 1 - behind; four looks swing by 1, so that it goes on where twice that would do."""
+    x, y = center()
+    outcome = Attack("vertices", L1(), margin, Vertices((1.0, 1.0), noise=False), 20)(Swinging(behind, 1.0), x, y, 1.0)
+    assert int(outcome.backwards) == rows
+    assert not bool(outcome.reached)
+
+
+def test_goals_that_have_no_margin_are_searched_to_the_end() -> None:
+    class Above:
+        """The first score is above 10."""
+
+        def reached(self, output: Tensor) -> Tensor:
+            return output[:, 0] > 10
+
+        def take(self, rows: Any) -> Above:
+            return self
+
+    def first(asked: Problem, z: Tensor, x_adv: Tensor, output: Tensor) -> Tensor:
+        return output[:, 0]
+
+    x, _ = center()
+    outcome = Attack("vertices", L1(), first, Vertices((1.0, 1.0), noise=False), 20)(Seen(1.0), x, Above(), 1.0)
+    assert int(outcome.backwards) == 20
 
 
 def test_every_run_draws_its_own_first_ball_and_larger_ones_take_shorter_steps() -> None:

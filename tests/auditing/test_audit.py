@@ -19,7 +19,7 @@ from epsball.attacks import EveryTarget, Restarts
 from epsball.attacks.inward import OutsideIn
 from epsball.attacks.vertices import Vertices
 from epsball.auditing import verdict
-from epsball.auditing.cascade import Tick, attack_round, cascade, for_twin, lead_and_rival
+from epsball.auditing.cascade import Tick, attack_round, cascade, for_twin, lead_and_rival, tried_rows
 from epsball.auditing.checks import Scene, losses_agree
 from epsball.auditing.cost import Estimate
 from epsball.auditing.plan import CLOSE, EFFORTS, PAYS, Stage, default_threats, plan, row_budget
@@ -517,7 +517,9 @@ def test_under_l1_rows_that_are_left_go_to_all_that_stand(single: bool) -> None:
         assert near.nearer is not None
         assert isinstance(near.attack, Restarts)
         assert (near.near < 1, near.nearer[0] < near.near, near.nearer[1] < near.attack.count) == (True, True, True)
-    assert all((stage.fill > 0) != (stage.pays > 0) and stage.near == 1 for stage in rest if not stage.from_closest)
+    rest = [stage for stage in rest if not stage.from_closest]
+    assert all((stage.fill > 0) != (stage.attack.name == "outside_in") and stage.near == 1 for stage in rest)
+    assert [stage.pays > 0 for stage in rest if not stage.fill] == [False, True, True, True, True]
 
 
 @pytest.mark.parametrize("effort", ["fast", "default"])
@@ -534,12 +536,12 @@ def test_under_l1_the_largest_balls_have_to_pay(effort: str) -> None:
     assert kinds == [(3.0, 0.0), (3.0, 0.0), (30.0, 0.0), (60.0, PAYS)]
 
 
-def test_walks_of_twins_do_not_wait_for_rows() -> None:
-    """The plan of a twin comes behind the model's own, which has spent them."""
+def test_walks_of_twins_are_for_all_that_stand() -> None:
+    """Those of the model itself are tried on some first."""
     known = plan(named("l1"), "default", classes=10, single_label=True, gradients=True)
-    walks = [stage for stage in known if stage.attack.name == "outside_in" and not stage.pays]
-    assert [stage.fill > 0 for stage in walks] == [True]
-    assert [for_twin(stage).fill for stage in walks] == [0]
+    walks = [stage for stage in known if stage.attack.name == "outside_in"]
+    assert [stage.nearest < 1 for stage in walks] == [True, *[False] * (len(walks) - 1)]
+    assert [for_twin(stage).nearest for stage in walks] == [1.0] * len(walks)
     assert [for_twin(stage) for stage in known if stage not in walks] == [stage for stage in known if stage not in walks]
 
 
@@ -550,10 +552,9 @@ def test_under_l1_searches_are_followed_by_one_from_where_they_came_closest(effo
     assert going_on
     assert all(stages[place - 1].attack.name in ("vertices", "vertices_t") for place in going_on)
     assert all(stages[place].attack.name == "swaps" for place in going_on if stages[place].last)
-    assert all(stages[place + 1].last for place in going_on if not stages[place].last)
-    assert any(not stages[place].last for place in going_on) is (effort != "fast")
-    if effort == "default":
-        assert stages[-1].last
+    climbs = [place for place in going_on if not stages[place].last]
+    assert [stages[place + 1].last for place in climbs] == {"fast": [], "default": [True, False], "max": [True, True]}[effort]
+    assert stages[-1].last or effort != "default"
 
 
 def test_who_came_close_is_searched_on_from_there_once() -> None:
@@ -658,6 +659,19 @@ def test_a_stage_at_rivals_aims_at_the_class_that_came_nearest() -> None:
     (goal,) = goals
     assert isinstance(goal, Aimed)
     assert (goal.labels.tolist(), goal.targets.tolist()) == (data.y[rows].tolist(), asked)
+
+
+def test_a_stage_may_try_the_share_that_came_nearest() -> None:
+    """Of five that stand three, in their own order; one that came as near, but fell, is not among them."""
+    data, specs = digits(6), (parse_threat("l1:1"),)
+    sheet, _ = prepare(Subject(wrap(load("digits-robust")), data.x, data.y, data.indices, "digits", {}), Plan(specs, "fast"))
+    hits = sheet.hits["l1"]
+    hits.near[:] = torch.tensor([0.9, 0.2, 0.1, 0.4, 0.4, 0.7], dtype=hits.near.dtype)
+    stands, search = torch.tensor([True, True, False, True, True, True]), eb.attacks.pgd(2, threat=named("l1"))
+    tried = {share: tried_rows(hits, stands, Stage(search, 2, nearest=share)).tolist() for share in (0.5, 0.2, 1.0)}
+    assert tried == {0.5: [1, 3, 4], 0.2: [1], 1.0: [0, 1, 3, 4, 5]}
+    *_, walk = (stage for stage in plan(named("l1"), "default", classes=10, single_label=True, gradients=True) if stage.nearest < 1)
+    assert (walk.attack.name, walk.pays, walk.fill) == ("outside_in", 0.0, 0)
 
 
 def test_under_l2_rows_that_are_left_go_to_another_loss() -> None:

@@ -17,6 +17,7 @@ from epsball.core.rows import per_sample
 from epsball.core.rule import normalized
 from epsball.errors import BadInput
 from epsball.objectives import margin
+from epsball.objectives.classification import READ
 from epsball.threats import L1
 
 _LARGER = 0.5
@@ -25,6 +26,10 @@ _SORTED = 256
 """Features up to which sorting all takes no longer than finding the steepest."""
 _CHECKS = (0.3, 0.6, 0.85, 1.0)
 """Shares of those after which a search that has reached its goal nowhere since the last check is over."""
+_RECENT = 0.15
+"""Share of the looks over which margins inside the budget are compared."""
+_SWINGS = 2.0
+"""A search inside the budget is over where its best margin is more of these below 0: largest less least of the recent margins."""
 
 
 def vertex(problem: Problem, slope: Tensor, radius: Tensor) -> Tensor:
@@ -57,7 +62,8 @@ def _spent(order: Tensor, room: Tensor, radius: Tensor) -> Tensor:
 class _Tour:
     """`first`, `share` (B,): radius of the first ball, in budgets, and first step. `slope` (B, ...): averaged unit gradients.
 
-    `hit` (B,): some look since the last check reached the goal. `larger`: looks in larger balls.
+    `hit` (B,): some look since the last check reached the goal. `larger`: looks in larger balls. `recent` (B, R): the last margins inside
+    the budget, NaN before there are as many; `best` (B,): the largest of all.
     """
 
     z: Tensor
@@ -65,9 +71,16 @@ class _Tour:
     share: Tensor
     slope: Tensor
     hit: Tensor
+    recent: Tensor
+    best: Tensor
     looks: int
     larger: int
     steps: int
+
+
+def _hopeless(recent: Tensor, best: Tensor) -> Tensor:
+    """(B,) bool: the best margin (B,) is further from the goal than steps as of late, whose margins are `recent` (B, R), would lead."""
+    return best + _SWINGS * (recent.amax(1) - recent.amin(1)) < 0  # NaN, as before there are as many looks, is no reason to end
 
 
 @dataclass(frozen=True)
@@ -78,7 +91,8 @@ class Vertices:
     matter show themselves. Which ball is large enough hangs on the model: 3 budgets for standard networks, 30, with shorter steps,
     for adversarially trained ones. So every run draws its own. Steps are as long as the ball is wide, so that nothing has to be tuned
     to it. Where no look since the last of four checks reached the goal in a larger ball, the search is over, for smaller balls lie
-    inside it: many such short runs break more than few long ones. Outside the budget `run` is shown the clean input.
+    inside it: many such short runs break more than few long ones. Inside the budget it is over where margins no longer swing far enough
+    to reach the goal (`_hopeless`). Outside the budget `run` is shown the clean input.
 
     Attributes:
         first: radii between which that of the first ball is drawn (uniform in its logarithm), in budgets, 1 or more.
@@ -110,7 +124,8 @@ class Vertices:
         else:
             z = problem.threat.project(problem.x, first_points(problem, self.start), first * problem.radius)
         larger, hit = round(_LARGER * steps) if bool((first > 1).any()) else 0, torch.zeros(len(z), dtype=torch.bool, device=z.device)
-        return _Tour(z, first, share, torch.zeros_like(z), hit, 0, larger, steps)
+        recent, best = share.new_full((len(z), 1 + max(round(_RECENT * steps), 2)), torch.nan), torch.full_like(share, -torch.inf)
+        return _Tour(z, first, share, torch.zeros_like(z), hit, recent, best, 0, larger, steps)
 
     def step(self, problem: Problem, state: _Tour) -> tuple[Reading, _Tour]:
         """One look, one step toward a vertex of the next ball."""
@@ -122,6 +137,10 @@ class Vertices:
             check = looks in {round(part * larger) for part in _CHECKS}
             shown = replace(offered(problem, reading, inside), over=~hit & (state.first > 1) if check else None)
             hit = torch.zeros_like(hit) if check else hit
+        elif isinstance(problem.goal, READ):
+            ahead = margin(problem, reading.z, reading.x_adv, reading.output).to(state.best)
+            recent, best = torch.cat([state.recent[:, 1:], ahead[:, None]], 1), torch.maximum(state.best, ahead)
+            state, shown = replace(state, recent=recent, best=best), replace(reading, over=_hopeless(recent, best))
         slope = self.memory * state.slope + normalized(reading.gradient, 2)
         radius = self._scale(state, looks) * problem.radius
         fall = (1 + math.cos(math.pi * state.looks / state.steps)) / 2

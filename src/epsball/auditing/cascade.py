@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -71,11 +72,8 @@ def stages_of(sheet: Sheet, current: Round, effort: str) -> tuple[Stage, ...]:
 
 
 def for_twin(stage: Stage) -> Stage:
-    """The stage for a twin: walks of all that stand do not wait for rows, which the model's own plan has spent.
-
-    All that fills what is left does wait: without rows for a run of everyone there is nothing left to fill.
-    """
-    return replace(stage, fill=0) if stage.attack.name == "outside_in" and stage.near == 1 else stage
+    """The stage for a twin: walks are for all that stand, not tried on some first, for the model's gradients are known to mislead."""
+    return replace(stage, nearest=1.0) if stage.attack.name == "outside_in" else stage
 
 
 def planned_rows(sheet: Sheet, effort: str, threat: str) -> int:
@@ -220,6 +218,8 @@ def tried_rows(hits: Hits, standing: Tensor, stage: Stage) -> Tensor:
     rows = (standing & (hits.near <= stage.near)).nonzero().squeeze(1)
     if stage.at_rival:
         rows = rows[hits.rival[rows] >= 0]
+    if stage.nearest < 1:
+        rows = rows[hits.near[rows].argsort(stable=True)[: math.ceil(stage.nearest * len(rows))]].sort().values
     return rows[[row in hits.closest for row in rows.tolist()]] if stage.from_closest else rows
 
 

@@ -52,6 +52,8 @@ _BALLS = (8.0, 4.0, 2.0, 1.0)
 _STANDS, _BROKEN = 187, 11
 """Rows with a gradient, for each sample that stands and that broke, up to which stages that fill go on. AutoAttack takes ten times
 as many: some 1,900 and 150 to 250."""
+_PROBED = 0.25
+"""Share of the samples that stand, those that came nearest, on which walks under L1 are tried first."""
 PAYS = 0.05
 """Share of the samples tried that a search has to break for more of its kind to follow."""
 QUERIES = {"fast": 300, "default": 2000, "max": 10000}
@@ -63,14 +65,15 @@ class Stage:
     """An attack of the cascade and the most rows that it spends on one sample, for the estimate of time; with gradients if it takes any.
 
     `victim` is what it looks at where that is not the model itself; `keep` goes on with samples that seem broken, for a random model's
-    answer may have been luck; `beyond` marks what does not follow the model's own gradients although it has some; `near` leaves out
-    samples whose best margin so far is more than this share of the clean one; `nearer`, for `Restarts`, a smaller share and a number,
-    gives those beyond that share only so many of the runs; `fill`, for `Restarts` and `EveryTarget`, the rows with a gradient that a run
-    takes of a sample in the mean, gives as many runs as the round has rows for (`row_budget`), the last to those that came nearest; with
-    `once` one at least to those within `nearer`, and beyond only what all get; `pays` leaves out the whole stage where the attack before
-    broke less than this share of those it tried, or had no rows for any; `at_rival` aims at the class that came nearest so far, and leaves
-    out samples for which none came nearer than the clean input; `from_closest`, for `vertices` and `swaps`, begins where searches since
-    the last such stage came closest, and leaves out samples that none came close to (`CLOSE`).
+    answer may have been luck; `beyond` marks what does not follow the model's own gradients although it has some; `near` leaves out samples
+    whose best margin so far is more than this share of the clean one; `nearest` tries only so many of the samples, as a share, those that
+    came nearest; `nearer`, for `Restarts`, a smaller share and a number, gives those beyond that share only so many of the runs; `fill`,
+    for `Restarts` and `EveryTarget`, the rows with a gradient that a run takes of a sample in the mean, gives as many runs as the round has
+    rows for (`row_budget`), the last to those that came nearest; with `once` one at least to those within `nearer`, and beyond only what
+    all get; `pays` leaves out the whole stage where the attack before broke less than this share of those it tried, or had no rows for any;
+    `at_rival` aims at the class that came nearest so far, and leaves out samples for which none came nearer than the clean input;
+    `from_closest`, for `vertices` and `swaps`, begins where searches since the last such stage came closest, and leaves out samples that
+    none came close to (`CLOSE`).
     """
 
     attack: AttackLike
@@ -79,6 +82,7 @@ class Stage:
     keep: bool = False
     beyond: bool = False
     near: float = 1.0
+    nearest: float = 1.0
     nearer: tuple[float, int] | None = None
     fill: int = 0
     once: bool = False
@@ -139,7 +143,8 @@ def plan(threat: Projects, effort: str, *, classes: int, single_label: bool, gra
         blind = [Stage(noise(100 * draws, threat=threat), 50 * draws)]
         return (*blind, _grid(threat, level)) if isinstance(threat, Rigid) else tuple(blind)
     cheap = Stage(swaps(6, threat, tries=2), 12) if isinstance(threat, L1) else Stage(pgd(10, threat=threat, objective=margin), 10)
-    stages = [cheap, Stage(noise(draws, threat=threat), draws // 2)]
+    draws = draws // 5 if isinstance(threat, L1) else draws  # spread over all features a change under L1 is next to none
+    stages = [cheap, Stage(noise(draws, threat=threat), max(draws // 2, 1))]
     if isinstance(threat, L0):
         return (*stages, *_pixels(threat, effort))
     if isinstance(threat, Rigid):
@@ -263,9 +268,9 @@ def _default(threat: Projects, classes: int) -> Iterator[Stage]:
             yield replace(at_nearest(threat, 20, 3, 2, classes, dlr_targeted), near=0.5, fill=23)
 
 
-def _while_it_pays(search: AttackLike, rows: int, more: int, times: int, fill: int = 0) -> Iterator[Stage]:
+def _while_it_pays(search: AttackLike, rows: int, more: int, times: int) -> Iterator[Stage]:
     """One run, then so many at a time, as long as that pays."""
-    yield side_by_side(search, rows, 0, 1, fill)
+    yield side_by_side(search, rows, 0, 1)
     for turn in range(times):
         yield replace(side_by_side(search, rows, 1 + turn * more, more), pays=PAYS)
 
@@ -275,10 +280,11 @@ def _sparse(threat: L1, classes: int) -> Iterator[Stage]:
 
     None is best everywhere (`benchmarks/l1_starts.py`), so there are several: one run of each of four kinds, and one at each class. A local
     search goes on from where they came closest, for few gradients; of the closest points of long searches a climb in short steps makes
-    more. Samples that came near get more and longer runs, most of them at the class that came nearest: that is mostly the right one, and
-    a run at it breaks what one at no class hardly ever does. Where gradients mislead near the clean input few come near, and rows are left
-    for a walk inward, which breaks there what all of these leave: one each shows whether more pay, and those whether still more. What still
-    falls then is anywhere, so that rows that are left go to all that stand, in two stages, for runs that end early leave room for others.
+    more. Samples that came near get more and longer runs, most of them at the class that came nearest: that is mostly the right one, and a
+    run at it breaks what one at no class hardly ever does. Where gradients mislead near the clean input a walk inward breaks what all of
+    these leave: one each for the quarter that came nearest shows whether more pay, and those whether still more, whatever rows are left,
+    for where few stand there are none. What still falls then is anywhere, so that rows that are left go to all that stand, in two stages,
+    for runs that end early leave room for others.
     """
     nearer, near, far, farther = _four_kinds(threat, classes)
     yield from _one_of_each(threat, classes)
@@ -287,8 +293,9 @@ def _sparse(threat: L1, classes: int) -> Iterator[Stage]:
     aimed = side_by_side(vertices(30, threat), 30, 8, 8, fill=24)
     yield replace(aimed, near=NEAR, nearer=(0.05, 3), at_rival=classes > 0)
     yield replace(side_by_side(_with_long_memory(threat), 30, 16, 6, fill=20), near=NEAR, nearer=(0.05, 2))
-    yield from _from_closest(threat, climb=True)
-    yield from _while_it_pays(outside_in(30, threat, far=3, rounds=2), 39, 2, 4, fill=29)
+    yield _climb(threat)
+    walk, *more = _while_it_pays(outside_in(30, threat, far=3, rounds=2), 39, 2, 4)
+    yield from (replace(walk, nearest=_PROBED), *more)
     for first, count in ((22, 4), (38, 9)):
         yield side_by_side((far, near, farther, nearer), 20, first, 4 * count, fill=14)
         yield from _from_closest(threat)
@@ -298,8 +305,13 @@ def _from_closest(threat: L1, climb: bool = False) -> Iterator[Stage]:
     """A local search from there; where told to `climb`, one in short steps toward vertices of the budget first. In the estimate of rows a
     look without a gradient counts half."""
     if climb:
-        yield Stage(Attack("vertices", threat, cross_entropy, Vertices((1.0, 1.0), (0.3, 0.3), 0.02), 20), 20, from_closest=True)
+        yield _climb(threat)
     yield Stage(swaps(8, threat, tries=6, shares=(0.1, 0.3)), 32, from_closest=True)
+
+
+def _climb(threat: L1) -> Stage:
+    """In short steps toward vertices of the budget, from there."""
+    return Stage(Attack("vertices", threat, cross_entropy, Vertices((1.0, 1.0), (0.3, 0.3), 0.02), 20), 20, from_closest=True)
 
 
 def _with_long_memory(threat: L1) -> AttackLike:
