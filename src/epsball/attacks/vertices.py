@@ -17,7 +17,7 @@ from epsball.core.rows import per_sample
 from epsball.core.rule import normalized
 from epsball.errors import BadInput
 from epsball.objectives import margin
-from epsball.objectives.classification import READ
+from epsball.objectives.classification import WITH_MARGIN
 from epsball.threats import L1
 
 _LARGER = 0.5
@@ -137,7 +137,7 @@ class Vertices:
             check = looks in {round(part * larger) for part in _CHECKS}
             shown = replace(offered(problem, reading, inside), over=~hit & (state.first > 1) if check else None)
             hit = torch.zeros_like(hit) if check else hit
-        elif isinstance(problem.goal, READ):
+        elif isinstance(problem.goal, WITH_MARGIN):
             ahead = margin(problem, reading.z, reading.x_adv, reading.output).to(state.best)
             recent, best = torch.cat([state.recent[:, 1:], ahead[:, None]], 1), torch.maximum(state.best, ahead)
             state, shown = replace(state, recent=recent, best=best), replace(reading, over=_hopeless(recent, best))

@@ -13,8 +13,8 @@ from epsball.core import Aimed, LabelsChanged, Problem, Targeted, Untargeted
 from epsball.core.threat import Z
 from epsball.errors import BadInput
 
-READ = Untargeted | Targeted | Aimed | LabelsChanged
-"""Goals that these objectives read; others come with objectives of their own."""
+WITH_MARGIN = Untargeted | Targeted | Aimed | LabelsChanged
+"""Goals that `margin` can read; others come with objectives of their own."""
 
 
 def _pick(output: Tensor, labels: Tensor) -> Tensor:
