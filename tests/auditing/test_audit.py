@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 import epsball as eb
 from epsball.attacks import EveryTarget, Restarts
+from epsball.attacks.hopeless import WhileHopeful, while_hopeful
 from epsball.attacks.inward import OutsideIn
 from epsball.attacks.vertices import Vertices
 from epsball.auditing import verdict
@@ -26,7 +27,7 @@ from epsball.auditing.plan import CLOSE, EFFORTS, PAYS, Stage, default_threats, 
 from epsball.auditing.results import AttackRow, Flag, Report
 from epsball.auditing.run import Plan, prepare
 from epsball.auditing.sheet import Subject
-from epsball.core import Aimed, Attack, AttackLike
+from epsball.core import Aimed, Attack, AttackLike, Strategy
 from epsball.errors import BadInput
 from epsball.models import wrap
 from epsball.models.digits import load
@@ -458,11 +459,49 @@ def test_without_rows_left_those_that_came_very_near_get_one_walk() -> None:
     assert replace(walks, once=False).suited(near, 0) is None
 
 
-def test_under_linf_restarts_climb_two_losses_and_every_class_has_to_pay() -> None:
+def test_under_linf_restarts_climb_two_losses_and_every_class_is_tried_by_dlr() -> None:
     stages = plan(named("linf"), "default", classes=10, single_label=True, gradients=True)
-    climbs = [stage.attack.attack for stage in stages if isinstance(stage.attack, Restarts) and stage.attack.name == "apgd"]
-    assert [inner.objective for inner in climbs if isinstance(inner, Attack)] == [margin, cross_entropy]
-    assert [place for place, stage in enumerate(stages) if stage.pays] == [len(stages) - 1]
+    climbs = [stage.attack for stage in stages if isinstance(stage.attack, Restarts) and stage.attack.name == "apgd"]
+    assert [inner.objective for one in climbs for inner in one.attacks if isinstance(inner, Attack)] == [margin, cross_entropy]
+    aims = [stage.attack for stage in stages if isinstance(stage.attack, EveryTarget)]
+    told = [(aim.count, aim.attack.objective) for aim in aims if isinstance(aim.attack, Attack)]
+    assert told == [(3, margin), (1, margin), (9, dlr_targeted)]
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+@pytest.mark.parametrize("single", [True, False])
+def test_no_climb_from_a_start_of_another(norm: str, single: bool) -> None:
+    """Where no class can be aimed at, those that stand in for aiming take the first starts."""
+    stages = plan(named(norm), "default", classes=10, single_label=single, gradients=True)
+    begun = []
+    for attack in (stage.attack for stage in stages if isinstance(stage.attack, Restarts) and stage.attack.name == "apgd"):
+        (inner,) = attack.attacks
+        assert isinstance(inner, Attack)
+        begun += [(inner.steps, inner.objective, number) for number in range(attack.first or 0, (attack.first or 0) + attack.count)]
+    assert len(begun) == len(set(begun))
+    assert len({number for steps, _, number in begun if steps == 20}) == len([steps for steps, *_ in begun if steps == 20])
+
+
+def searching(attack: AttackLike) -> list[Strategy]:
+    """The strategies of all that repeats in it; of a walk inward none."""
+    if isinstance(attack, Attack):
+        return [attack.strategy]
+    if isinstance(attack, Restarts | EveryTarget):
+        return [way for one in (attack.attacks if isinstance(attack, Restarts) else (attack.attack,)) for way in searching(one)]
+    return []
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_searches_that_lead_nowhere_end_where_gradients_are_trusted(norm: str) -> None:
+    threat = named(norm)
+    cheap, *known = plan(threat, "default", classes=10, single_label=True, gradients=True)
+    assert not any(isinstance(way, WhileHopeful) for way in searching(cheap.attack))
+    ways = [way for stage in known if stage.attack.name != "noise" for way in searching(stage.attack)]
+    assert len(ways) >= 2
+    assert all(isinstance(way, WhileHopeful) for way in ways)
+    doubted = plan(threat, "default", classes=10, single_label=True, gradients=True, trusted=False)
+    assert repr([replace(stage, attack=while_hopeful(stage.attack)) for stage in doubted[2:]]) == repr(known[1:])
+    assert not any(isinstance(way, WhileHopeful) for stage in doubted for way in searching(stage.attack))
 
 
 @pytest.mark.parametrize("effort", EFFORTS)
@@ -491,7 +530,7 @@ def test_under_l1_there_are_runs_from_small_and_large_balls_on_several_losses(si
     assert turn <= kinds
 
 
-@pytest.mark.parametrize(("norm", "times"), [("l2", 1), ("l1", 4)])
+@pytest.mark.parametrize(("norm", "times"), [("l2", 3), ("l1", 4)])
 def test_one_walk_shows_whether_more_pay_and_those_whether_still_more(norm: str, times: int) -> None:
     """And none begins where another did."""
     stages = plan(named(norm), "default", classes=10, single_label=True, gradients=True)
@@ -670,8 +709,9 @@ def test_a_stage_may_try_the_share_that_came_nearest() -> None:
     stands, search = torch.tensor([True, True, False, True, True, True]), eb.attacks.pgd(2, threat=named("l1"))
     tried = {share: tried_rows(hits, stands, Stage(search, 2, nearest=share)).tolist() for share in (0.5, 0.2, 1.0)}
     assert tried == {0.5: [1, 3, 4], 0.2: [1], 1.0: [0, 1, 3, 4, 5]}
-    *_, walk = (stage for stage in plan(named("l1"), "default", classes=10, single_label=True, gradients=True) if stage.nearest < 1)
-    assert (walk.attack.name, walk.pays, walk.fill) == ("outside_in", 0.0, 0)
+    for norm in ("l1", "l2"):
+        (walk,) = (stage for stage in plan(named(norm), "default", classes=10, single_label=True, gradients=True) if stage.nearest < 1)
+        assert (walk.attack.name, walk.pays, walk.fill) == ("outside_in", 0.0, 0)
 
 
 def test_under_l2_rows_that_are_left_go_to_another_loss() -> None:

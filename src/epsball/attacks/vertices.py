@@ -9,6 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from epsball.attacks.hopeless import Margins
 from epsball.attacks.inward import first_points
 from epsball.attacks.minimal import limits, offered
 from epsball.attacks.registry import register
@@ -62,8 +63,7 @@ def _spent(order: Tensor, room: Tensor, radius: Tensor) -> Tensor:
 class _Tour:
     """`first`, `share` (B,): radius of the first ball, in budgets, and first step. `slope` (B, ...): averaged unit gradients.
 
-    `hit` (B,): some look since the last check reached the goal. `larger`: looks in larger balls. `recent` (B, R): the last margins inside
-    the budget, NaN before there are as many; `best` (B,): the largest of all.
+    `hit` (B,): some look since the last check reached the goal. `larger`: looks in larger balls. `margins`: those inside the budget.
     """
 
     z: Tensor
@@ -71,16 +71,10 @@ class _Tour:
     share: Tensor
     slope: Tensor
     hit: Tensor
-    recent: Tensor
-    best: Tensor
+    margins: Margins
     looks: int
     larger: int
     steps: int
-
-
-def _hopeless(recent: Tensor, best: Tensor) -> Tensor:
-    """(B,) bool: the best margin (B,) is further from the goal than steps as of late, whose margins are `recent` (B, R), would lead."""
-    return best + _SWINGS * (recent.amax(1) - recent.amin(1)) < 0  # NaN, as before there are as many looks, is no reason to end
 
 
 @dataclass(frozen=True)
@@ -92,7 +86,7 @@ class Vertices:
     for adversarially trained ones. So every run draws its own. Steps are as long as the ball is wide, so that nothing has to be tuned
     to it. Where no look since the last of four checks reached the goal in a larger ball, the search is over, for smaller balls lie
     inside it: many such short runs break more than few long ones. Inside the budget it is over where margins no longer swing far enough
-    to reach the goal (`_hopeless`). Outside the budget `run` is shown the clean input.
+    to reach the goal (`Margins.hopeless`). Outside the budget `run` is shown the clean input.
 
     Attributes:
         first: radii between which that of the first ball is drawn (uniform in its logarithm), in budgets, 1 or more.
@@ -124,8 +118,8 @@ class Vertices:
         else:
             z = problem.threat.project(problem.x, first_points(problem, self.start), first * problem.radius)
         larger, hit = round(_LARGER * steps) if bool((first > 1).any()) else 0, torch.zeros(len(z), dtype=torch.bool, device=z.device)
-        recent, best = share.new_full((len(z), 1 + max(round(_RECENT * steps), 2)), torch.nan), torch.full_like(share, -torch.inf)
-        return _Tour(z, first, share, torch.zeros_like(z), hit, recent, best, 0, larger, steps)
+        margins = Margins.none(problem, 1 + max(round(_RECENT * steps), 2))
+        return _Tour(z, first, share, torch.zeros_like(z), hit, margins, 0, larger, steps)
 
     def step(self, problem: Problem, state: _Tour) -> tuple[Reading, _Tour]:
         """One look, one step toward a vertex of the next ball."""
@@ -138,9 +132,8 @@ class Vertices:
             shown = replace(offered(problem, reading, inside), over=~hit & (state.first > 1) if check else None)
             hit = torch.zeros_like(hit) if check else hit
         elif isinstance(problem.goal, WITH_MARGIN):
-            ahead = margin(problem, reading.z, reading.x_adv, reading.output).to(state.best)
-            recent, best = torch.cat([state.recent[:, 1:], ahead[:, None]], 1), torch.maximum(state.best, ahead)
-            state, shown = replace(state, recent=recent, best=best), replace(reading, over=_hopeless(recent, best))
+            state = replace(state, margins=state.margins.seen(problem, reading))
+            shown = replace(reading, over=state.margins.hopeless(_SWINGS))
         slope = self.memory * state.slope + normalized(reading.gradient, 2)
         radius = self._scale(state, looks) * problem.radius
         fall = (1 + math.cos(math.pi * state.looks / state.steps)) / 2

@@ -48,7 +48,8 @@ def stages_of(sheet: Sheet, current: Round, effort: str) -> tuple[Stage, ...]:
     if not sheet.shown:
         return black_box(threat, model.access, sheet.queries, x)
     single, dead = isinstance(sheet.subject.goal, Untargeted), sight.dead
-    known = plan(threat, effort, classes=sheet.clean.shape[1], single_label=single, gradients=not dead)
+    trusted = not (sight.doubted or sight.random or sight.forks)
+    known = plan(threat, effort, classes=sheet.clean.shape[1], single_label=single, gradients=not dead, trusted=trusted)
     beyond = (*by_directions(threat, effort, sight.shaken), *across(threat, effort, sight.forks))
     further = [replace(stage, beyond=not dead) for stage in beyond]
     if dead:  # noise and grids are part of both

@@ -32,6 +32,7 @@ from epsball.attacks import (
 )
 from epsball.attacks.blackbox import narrow, searches
 from epsball.attacks.combine import Restarts, restarted
+from epsball.attacks.hopeless import while_hopeful
 from epsball.attacks.swaps import Swaps
 from epsball.attacks.sweep import of_rounds
 from epsball.attacks.vertices import Vertices
@@ -125,13 +126,14 @@ def row_budget(standing: int, broken: int) -> int:
     return _STANDS * standing + _BROKEN * broken
 
 
-def plan(threat: Projects, effort: str, *, classes: int, single_label: bool, gradients: bool) -> tuple[Stage, ...]:
+def plan(threat: Projects, effort: str, *, classes: int, single_label: bool, gradients: bool, trusted: bool = True) -> tuple[Stage, ...]:
     """The cascade for one threat.
 
     Args:
         threat: any registered one. effort: fast, default or max. classes: scores per sample.
         single_label: one class per sample; aimed attacks and DLR need that, and 3 classes.
         gradients: whether any gradient reaches the input; without, only noise is left, and the grid of rigid motions; `black_box` follows.
+        trusted: nothing speaks against them, so that searches which show early that they lead nowhere end (`WhileHopeful`).
     """
     if effort not in EFFORTS:
         raise BadInput(f"effort '{effort}': unknown: use one of {', '.join(EFFORTS)}")
@@ -150,7 +152,7 @@ def plan(threat: Projects, effort: str, *, classes: int, single_label: bool, gra
     if isinstance(threat, Rigid):
         return (*stages, _grid(threat, level), from_starts(threat, effort, (1, 3, 5)[level], margin))
     if isinstance(threat, Linf | L2 | L1):
-        return (*stages, *_norms(threat, effort, classes if aimed else 0))
+        return (*stages, *_norms(threat, effort, classes if aimed else 0, trusted))
     return (*stages, _variable(threat, steps_of(threat, effort), (5, 9, 9)[level], classes if aimed else 0), from_starts(threat, effort, 1))
 
 
@@ -216,13 +218,16 @@ def _grid(threat: Rigid, level: int) -> Stage:
     return Stage(rotation_translation(rotations, shifts, threat), rotations * shifts**2 // 2)
 
 
-def _norms(threat: Projects, effort: str, classes: int) -> Iterator[Stage]:
+def _norms(threat: Projects, effort: str, classes: int, trusted: bool) -> Iterator[Stage]:
     """Aimed APGD on the margin, then others from other starts; the largest effort adds long ones, and other losses.
 
     `classes` is 0 where nothing can be aimed at.
     """
-    if effort == "default":
-        yield from _default(threat, classes)
+    if effort == "default" and isinstance(threat, L1):
+        yield from _sparse(threat, classes)
+    elif effort == "default":
+        stages = _default(threat, classes)
+        yield from (replace(stage, attack=while_hopeful(stage.attack)) for stage in stages) if trusted else stages
     elif effort == "fast" and isinstance(threat, L1):
         yield from _one_of_each(threat, classes)
         yield from _from_closest(threat)
@@ -245,34 +250,33 @@ def _norms(threat: Projects, effort: str, classes: int) -> Iterator[Stage]:
 
 
 def _default(threat: Projects, classes: int) -> Iterator[Stage]:
-    """Under Linf twenty steps toward each of the three nearest classes break what a hundred toward nine do, but for 1 or 2 of 100 samples.
-    What they miss, other starts find, and another loss; more pay only for samples that came near. Where walks under Linf break many of
-    those (networks whose gradients mislead), twenty steps toward every class break some more. Under L2 a walk from far away breaks what
-    nothing from near by does, on such networks; one each shows whether more pay. Rows that are left go to targeted DLR.
+    """Twenty steps toward each of the three nearest classes break what a hundred toward nine do, but for 1 or 2 of 100 samples.
+
+    Under Linf other starts find what they miss, other losses and other classes; more pay only for samples that came near. Under L2 a walk
+    from far away breaks what nothing from near by does, on networks whose gradients mislead; a quarter of the samples shows whether more
+    pay. Last comes targeted DLR, which leaves saddles of the margin.
     """
-    if isinstance(threat, L1):
-        yield from _sparse(threat, classes)
-        return
     yield at_nearest(threat, 20, 3, 3, classes)
     if isinstance(threat, Linf):
-        for loss in (margin, cross_entropy):
-            yield Stage(restarted(apgd(20, threat=threat, objective=loss), 2, abreast=True), 40, near=0.3, nearer=(NEAR, 1))
+        for first, loss in ((3, margin), (5, cross_entropy)):
+            yield replace(side_by_side(apgd(20, threat=threat, objective=loss), 20, first, 2), near=0.3, nearer=(NEAR, 1))
         yield replace(at_nearest(threat, 40, 3, 1, classes), near=NEARER)
+        if classes:
+            yield replace(at_nearest(threat, 20, 3, 9, classes, dlr_targeted), near=NEARER)
         # Runs are counted as if all samples had as many; most have one, hence half of what a walk takes.
         yield replace(_walks(threat, 60, 5, far=3, rounds=2), near=NEARER, nearer=(VERY_NEAR, 1), fill=33, once=True)
-        yield replace(at_nearest(threat, 20, 3, 9, classes), near=NEAR, pays=0.1)
     else:
-        yield from _while_it_pays(outside_in(30, threat, far=3, rounds=2), 39, 2, 1)
-        yield replace(side_by_side(outside_in(40, threat, far=3, rounds=2), 49, 3, 9), near=NEARER, nearer=(0.03, 1))
+        yield from _while_it_pays(outside_in(30, threat, far=3, rounds=2), 39, 1, 1, 2, 2)
+        yield replace(side_by_side(outside_in(40, threat, far=3, rounds=2), 49, 6, 9), near=NEARER, nearer=(0.03, 1))
         if classes:
-            yield replace(at_nearest(threat, 20, 3, 2, classes, dlr_targeted), near=0.5, fill=23)
+            yield replace(at_nearest(threat, 20, 3, 2, classes, dlr_targeted), near=0.5, fill=16)
 
 
-def _while_it_pays(search: AttackLike, rows: int, more: int, times: int) -> Iterator[Stage]:
-    """One run, then so many at a time, as long as that pays."""
-    yield side_by_side(search, rows, 0, 1)
-    for turn in range(times):
-        yield replace(side_by_side(search, rows, 1 + turn * more, more), pays=PAYS)
+def _while_it_pays(search: AttackLike, rows: int, *counts: int) -> Iterator[Stage]:
+    """So many runs on the samples that came nearest, then so many more on all at a time, as long as that pays."""
+    first, *more = (side_by_side(search, rows, sum(counts[:turn]), count) for turn, count in enumerate(counts))
+    yield replace(first, nearest=_PROBED)
+    yield from (replace(stage, pays=PAYS) for stage in more)
 
 
 def _sparse(threat: L1, classes: int) -> Iterator[Stage]:
@@ -294,8 +298,7 @@ def _sparse(threat: L1, classes: int) -> Iterator[Stage]:
     yield replace(aimed, near=NEAR, nearer=(0.05, 3), at_rival=classes > 0)
     yield replace(side_by_side(_with_long_memory(threat), 30, 16, 6, fill=20), near=NEAR, nearer=(0.05, 2))
     yield _climb(threat)
-    walk, *more = _while_it_pays(outside_in(30, threat, far=3, rounds=2), 39, 2, 4)
-    yield from (replace(walk, nearest=_PROBED), *more)
+    yield from _while_it_pays(outside_in(30, threat, far=3, rounds=2), 39, 1, 2, 2, 2, 2)
     for first, count in ((22, 4), (38, 9)):
         yield side_by_side((far, near, farther, nearer), 20, first, 4 * count, fill=14)
         yield from _from_closest(threat)
