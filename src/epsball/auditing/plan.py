@@ -262,7 +262,7 @@ def _default(threat: Projects, classes: int) -> Iterator[Stage]:
             yield replace(side_by_side(apgd(20, threat=threat, objective=loss), 20, first, 2), near=0.3, nearer=(NEAR, 1))
         yield replace(at_nearest(threat, 40, 3, 1, classes), near=NEARER)
         if classes:
-            yield replace(at_nearest(threat, 20, 3, 9, classes, dlr_targeted), near=NEARER)
+            yield replace(at_nearest(threat, 20, 3, 9, classes, dlr_targeted), near=NEAR)
         # Runs are counted as if all samples had as many; most have one, hence half of what a walk takes.
         yield replace(_walks(threat, 60, 5, far=3, rounds=2), near=NEARER, nearer=(VERY_NEAR, 1), fill=33, once=True)
     else:
@@ -287,21 +287,22 @@ def _sparse(threat: L1, classes: int) -> Iterator[Stage]:
     more. Samples that came near get more and longer runs, most of them at the class that came nearest: that is mostly the right one, and a
     run at it breaks what one at no class hardly ever does. Where gradients mislead near the clean input a walk inward breaks what all of
     these leave: one each for the quarter that came nearest shows whether more pay, and those whether still more, whatever rows are left,
-    for where few stand there are none. What still falls then is anywhere, so that rows that are left go to all that stand, in two stages,
-    for runs that end early leave room for others.
+    for where few stand there are none. What still falls then is anywhere, so that rows that are left go to all that stand: one more run of
+    each kind, and then runs at the class that came nearest.
     """
     nearer, near, far, farther = _four_kinds(threat, classes)
     yield from _one_of_each(threat, classes)
     yield _at_classes(threat, classes, 5)
     yield from _from_closest(threat, climb=True)
     aimed = side_by_side(vertices(30, threat), 30, 8, 8, fill=24)
-    yield replace(aimed, near=NEAR, nearer=(0.05, 3), at_rival=classes > 0)
+    yield replace(aimed, near=0.3, nearer=(0.05, 3), at_rival=classes > 0)
     yield replace(side_by_side(_with_long_memory(threat), 30, 16, 6, fill=20), near=NEAR, nearer=(0.05, 2))
     yield _climb(threat)
     yield from _while_it_pays(outside_in(30, threat, far=3, rounds=2), 39, 1, 2, 2, 2, 2)
-    for first, count in ((22, 4), (38, 9)):
-        yield side_by_side((far, near, farther, nearer), 20, first, 4 * count, fill=14)
-        yield from _from_closest(threat)
+    yield side_by_side((far, near, farther, nearer), 20, 22, 4, fill=14)
+    yield from _from_closest(threat)
+    yield replace(side_by_side(vertices(30, threat), 30, 26, 16, fill=22), at_rival=classes > 0)
+    yield from _from_closest(threat)
 
 
 def _from_closest(threat: L1, climb: bool = False) -> Iterator[Stage]:
