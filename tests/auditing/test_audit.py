@@ -530,7 +530,7 @@ def test_under_l1_there_are_runs_from_small_and_large_balls_on_several_losses(si
     assert turn <= kinds
 
 
-@pytest.mark.parametrize(("norm", "times"), [("l2", 3), ("l1", 4)])
+@pytest.mark.parametrize(("norm", "times"), [("l2", 1), ("l1", 4)])
 def test_one_walk_shows_whether_more_pay_and_those_whether_still_more(norm: str, times: int) -> None:
     """And none begins where another did."""
     stages = plan(named(norm), "default", classes=10, single_label=True, gradients=True)
@@ -709,9 +709,8 @@ def test_a_stage_may_try_the_share_that_came_nearest() -> None:
     stands, search = torch.tensor([True, True, False, True, True, True]), eb.attacks.pgd(2, threat=named("l1"))
     tried = {share: tried_rows(hits, stands, Stage(search, 2, nearest=share)).tolist() for share in (0.5, 0.2, 1.0)}
     assert tried == {0.5: [1, 3, 4], 0.2: [1], 1.0: [0, 1, 3, 4, 5]}
-    for norm in ("l1", "l2"):
-        (walk,) = (stage for stage in plan(named(norm), "default", classes=10, single_label=True, gradients=True) if stage.nearest < 1)
-        assert (walk.attack.name, walk.pays, walk.fill) == ("outside_in", 0.0, 0)
+    (walk,) = (stage for stage in plan(named("l1"), "default", classes=10, single_label=True, gradients=True) if stage.nearest < 1)
+    assert (walk.attack.name, walk.pays, walk.fill) == ("outside_in", 0.0, 0)
 
 
 def test_under_l2_rows_that_are_left_go_to_another_loss() -> None:

@@ -253,8 +253,8 @@ def _default(threat: Projects, classes: int) -> Iterator[Stage]:
     """Twenty steps toward each of the three nearest classes break what a hundred toward nine do, but for 1 or 2 of 100 samples.
 
     Under Linf other starts find what they miss, other losses and other classes; more pay only for samples that came near. Under L2 a walk
-    from far away breaks what nothing from near by does, on networks whose gradients mislead; a quarter of the samples shows whether more
-    pay. Last comes targeted DLR, which leaves saddles of the margin.
+    from far away breaks what nothing from near by does, on networks whose gradients mislead; one each shows whether more pay. Last comes
+    targeted DLR, which leaves saddles of the margin.
     """
     yield at_nearest(threat, 20, 3, 3, classes)
     if isinstance(threat, Linf):
@@ -266,16 +266,16 @@ def _default(threat: Projects, classes: int) -> Iterator[Stage]:
         # Runs are counted as if all samples had as many; most have one, hence half of what a walk takes.
         yield replace(_walks(threat, 60, 5, far=3, rounds=2), near=NEARER, nearer=(VERY_NEAR, 1), fill=33, once=True)
     else:
-        yield from _while_it_pays(outside_in(30, threat, far=3, rounds=2), 39, 1, 1, 2, 2)
-        yield replace(side_by_side(outside_in(40, threat, far=3, rounds=2), 49, 6, 9), near=NEARER, nearer=(0.03, 1))
+        yield from _while_it_pays(outside_in(30, threat, far=3, rounds=2), 39, 1, 2)
+        yield replace(side_by_side(outside_in(40, threat, far=3, rounds=2), 49, 3, 9), near=NEARER, nearer=(0.03, 1))
         if classes:
             yield replace(at_nearest(threat, 20, 3, 2, classes, dlr_targeted), near=0.5, fill=16)
 
 
 def _while_it_pays(search: AttackLike, rows: int, *counts: int) -> Iterator[Stage]:
-    """So many runs on the samples that came nearest, then so many more on all at a time, as long as that pays."""
+    """So many runs, then so many more at a time, as long as that pays."""
     first, *more = (side_by_side(search, rows, sum(counts[:turn]), count) for turn, count in enumerate(counts))
-    yield replace(first, nearest=_PROBED)
+    yield first
     yield from (replace(stage, pays=PAYS) for stage in more)
 
 
@@ -298,7 +298,8 @@ def _sparse(threat: L1, classes: int) -> Iterator[Stage]:
     yield replace(aimed, near=0.3, nearer=(0.05, 3), at_rival=classes > 0)
     yield replace(side_by_side(_with_long_memory(threat), 30, 16, 6, fill=20), near=NEAR, nearer=(0.05, 2))
     yield _climb(threat)
-    yield from _while_it_pays(outside_in(30, threat, far=3, rounds=2), 39, 1, 2, 2, 2, 2)
+    walk, *more = _while_it_pays(outside_in(30, threat, far=3, rounds=2), 39, 1, 2, 2, 2, 2)
+    yield from (replace(walk, nearest=_PROBED), *more)
     yield side_by_side((far, near, farther, nearer), 20, 22, 4, fill=14)
     yield from _from_closest(threat)
     yield replace(side_by_side(vertices(30, threat), 30, 26, 16, fill=22), at_rival=classes > 0)
