@@ -13,10 +13,11 @@ import epsball as eb
 from epsball.attacks import apgd, apgd_t, outside_in, pgd
 from epsball.attacks.combine import EveryTarget, Restarts
 from epsball.attacks.hopeless import WhileHopeful, while_hopeful
+from epsball.attacks.vertices import Vertices
 from epsball.core import Attack, Outcome, Problem, Reading, Victim
 from epsball.models.digits import load
 from epsball.objectives import margin
-from epsball.threats import Linf
+from epsball.threats import L1, Linf
 
 
 class Told(nn.Module):
@@ -91,7 +92,8 @@ def test_margins_that_are_no_numbers_end_nothing() -> None:
     assert int(outcome.backwards) == 20
 
 
-def test_goals_without_a_margin_are_searched_to_the_end() -> None:
+@pytest.mark.parametrize("attack", [while_hopeful(pgd(20)), Attack("vertices", L1(), margin, Vertices((1.0, 1.0), noise=False), 20)])
+def test_goals_without_a_margin_are_searched_to_the_end(attack: Attack) -> None:
     class Above:
         """The second score is above 10."""
 
@@ -104,9 +106,8 @@ def test_goals_without_a_margin_are_searched_to_the_end() -> None:
     def second(asked: Problem, z: Tensor, x_adv: Tensor, output: Tensor) -> Tensor:
         return output[:, 1]
 
-    plain = pgd(20, threat=Linf(), objective=second)
     x = torch.full((1, 4), 0.5, dtype=torch.float64)
-    assert int(while_hopeful(plain)(Told(-1.0), x, Above(), 0.1).backwards) == 20
+    assert int(replace(attack, objective=second)(Told(-1.0), x, Above(), 0.1).backwards) == 20
 
 
 @dataclass(frozen=True)

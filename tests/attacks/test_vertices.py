@@ -189,24 +189,6 @@ def test_inside_the_budget_it_is_over_where_margins_swing_too_little_to_reach_th
     assert not bool(outcome.reached)
 
 
-def test_goals_that_have_no_margin_are_searched_to_the_end() -> None:
-    class Above:
-        """The first score is above 10."""
-
-        def reached(self, output: Tensor) -> Tensor:
-            return output[:, 0] > 10
-
-        def take(self, rows: Any) -> Above:
-            return self
-
-    def first(asked: Problem, z: Tensor, x_adv: Tensor, output: Tensor) -> Tensor:
-        return output[:, 0]
-
-    x, _ = center()
-    outcome = Attack("vertices", L1(), first, Vertices((1.0, 1.0), noise=False), 20)(Seen(1.0), x, Above(), 1.0)
-    assert int(outcome.backwards) == 20
-
-
 def test_every_run_draws_its_own_first_ball_and_larger_ones_take_shorter_steps() -> None:
     asked, n = problem(L1(), 1.0), 2000
     many = replace(asked, x=asked.x.expand(n, -1), radius=asked.radius.expand(n), ids=torch.arange(n))

@@ -28,7 +28,9 @@ class Margins:
         return cls(best.new_full((len(best), looks), torch.nan), best)
 
     def seen(self, problem: Problem, reading: Reading) -> Margins:
-        """With one more. The goal has a margin (`WITH_MARGIN`)."""
+        """With one more; unchanged, so that nothing is ever hopeless, where the goal has no margin (`WITH_MARGIN`)."""
+        if not isinstance(problem.goal, WITH_MARGIN):
+            return self
         ahead = margin(problem, reading.z, reading.x_adv, reading.output).to(self.best)
         return Margins(torch.cat([self.recent[:, 1:], ahead[:, None]], 1), torch.maximum(self.best, ahead))
 
@@ -39,6 +41,8 @@ class Margins:
 
 @dataclass(frozen=True)
 class _Watched:
+    """The search's own `state`; `left`: looks until its margins are asked for the first time."""
+
     state: Any
     margins: Margins
     left: int
@@ -53,7 +57,7 @@ class _Watched:
 class WhileHopeful:
     """`search`, over where its best margin is more than `swings` times the swing of its last `looks` margins below the goal.
 
-    Asked in the second half of the looks, for before it searches may still leave a saddle. Most that break a sample come near the goal
+    Asked from half of the looks on, for before that searches may still leave a saddle. Most that break a sample come near the goal
     early, and most others show that they will not. Goals without a margin are searched to the end.
 
     Not for models whose margins may jump after they have stood still: where gradients are doubted.
@@ -70,12 +74,11 @@ class WhileHopeful:
     def step(self, problem: Problem, state: _Watched) -> tuple[Reading, _Watched]:
         """That of the search."""
         reading, inner = self.search.step(problem, state.state)
-        if isinstance(problem.goal, WITH_MARGIN):
-            state = replace(state, margins=state.margins.seen(problem, reading))
-            if state.left <= 1:
-                over = state.margins.hopeless(self.swings)
-                reading = replace(reading, over=over if reading.over is None else over | reading.over)
-        return reading, replace(state, state=inner, left=state.left - 1)
+        now = _Watched(inner, state.margins.seen(problem, reading), state.left - 1)
+        if now.left > 0:
+            return reading, now
+        over = now.margins.hopeless(self.swings)
+        return replace(reading, over=over if reading.over is None else over | reading.over), now
 
 
 def while_hopeful(attack: AttackLike) -> AttackLike:

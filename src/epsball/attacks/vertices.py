@@ -18,7 +18,6 @@ from epsball.core.rows import per_sample
 from epsball.core.rule import normalized
 from epsball.errors import BadInput
 from epsball.objectives import margin
-from epsball.objectives.classification import WITH_MARGIN
 from epsball.threats import L1
 
 _LARGER = 0.5
@@ -131,7 +130,7 @@ class Vertices:
             check = looks in {round(part * larger) for part in _CHECKS}
             shown = replace(offered(problem, reading, inside), over=~hit & (state.first > 1) if check else None)
             hit = torch.zeros_like(hit) if check else hit
-        elif isinstance(problem.goal, WITH_MARGIN):
+        else:
             state = replace(state, margins=state.margins.seen(problem, reading))
             shown = replace(reading, over=state.margins.hopeless(_SWINGS))
         slope = self.memory * state.slope + normalized(reading.gradient, 2)

@@ -43,9 +43,9 @@ from epsball.threats import L0, L1, L2, Color, Flow, Linf, Patch, Rigid
 
 EFFORTS = ("fast", "default", "max")
 STEPS = {"fast": 10, "default": 40, "max": 100}
-NEAR, NEARER, VERY_NEAR = 0.15, 0.1, 0.04
-"""Shares of the clean margin that searches must have come down to for more starts, for one more walk, and for many, to be worth their
-rows."""
+PROMISING, NEAR, NEARER, VERY_NEAR = 0.3, 0.15, 0.1, 0.04
+"""Shares of the clean margin that searches must have come down to for another start, for more starts, for one more walk, and for many, to
+be worth their rows."""
 CLOSE = 0.07
 """The share down to which a search under L1 has to come for another to go on from there: who came less near hardly ever breaks."""
 _BALLS = (8.0, 4.0, 2.0, 1.0)
@@ -133,7 +133,7 @@ def plan(threat: Projects, effort: str, *, classes: int, single_label: bool, gra
         threat: any registered one. effort: fast, default or max. classes: scores per sample.
         single_label: one class per sample; aimed attacks and DLR need that, and 3 classes.
         gradients: whether any gradient reaches the input; without, only noise is left, and the grid of rigid motions; `black_box` follows.
-        trusted: nothing speaks against them, so that searches which show early that they lead nowhere end (`WhileHopeful`).
+        trusted: nothing speaks against them, so that at effort default, under Linf and L2, searches end that lead nowhere (`WhileHopeful`).
     """
     if effort not in EFFORTS:
         raise BadInput(f"effort '{effort}': unknown: use one of {', '.join(EFFORTS)}")
@@ -259,7 +259,7 @@ def _default(threat: Projects, classes: int) -> Iterator[Stage]:
     yield at_nearest(threat, 20, 3, 3, classes)
     if isinstance(threat, Linf):
         for first, loss in ((3, margin), (5, cross_entropy)):
-            yield replace(side_by_side(apgd(20, threat=threat, objective=loss), 20, first, 2), near=0.3, nearer=(NEAR, 1))
+            yield replace(side_by_side(apgd(20, threat=threat, objective=loss), 20, first, 2), near=PROMISING, nearer=(NEAR, 1))
         yield replace(at_nearest(threat, 40, 3, 1, classes), near=NEARER)
         if classes:
             yield replace(at_nearest(threat, 20, 3, 9, classes, dlr_targeted), near=NEAR)
@@ -295,7 +295,7 @@ def _sparse(threat: L1, classes: int) -> Iterator[Stage]:
     yield _at_classes(threat, classes, 5)
     yield from _from_closest(threat, climb=True)
     aimed = side_by_side(vertices(30, threat), 30, 8, 8, fill=24)
-    yield replace(aimed, near=0.3, nearer=(0.05, 3), at_rival=classes > 0)
+    yield replace(aimed, near=PROMISING, nearer=(0.05, 3), at_rival=classes > 0)
     yield replace(side_by_side(_with_long_memory(threat), 30, 16, 6, fill=20), near=NEAR, nearer=(0.05, 2))
     yield _climb(threat)
     walk, *more = _while_it_pays(outside_in(30, threat, far=3, rounds=2), 39, 1, 2, 2, 2, 2)
