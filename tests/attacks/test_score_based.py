@@ -27,7 +27,7 @@ from epsball.core import Access, Attack, Goal, Targeted, Untargeted, Victim, aut
 from epsball.errors import AccessDenied, BadInput
 from epsball.models.digits import load
 from epsball.objectives import cross_entropy, margin
-from epsball.threats import L0, L2, Linf, Patch, named
+from epsball.threats import L0, L1, L2, Linf, Patch, named
 from epsball.threats.lp import Room
 
 FOLDER = Path(__file__).parents[1] / "reference"
@@ -187,6 +187,26 @@ def test_sparse_rs_finds_the_best_pixels_of_a_linear_model() -> None:
             victim.dtype = torch.float64
             outcome = get("sparse_rs", threat=threat, steps=600)(victim, flat, torch.zeros(8, dtype=torch.int64), float(k))
             assert outcome.reached.tolist() == [expected] * 8, (k, share)
+
+
+@pytest.mark.parametrize("norm", ["l1", "l2"])
+@pytest.mark.parametrize(("share", "expected"), [(0.98, True), (1.02, False)])
+def test_sparse_rs_finds_which_features_should_pass_a_threshold(norm: str, share: float, expected: bool) -> None:
+    """Reached exactly where the best three that may change outweigh the gap; the radius lifts no more than three past one half."""
+    w = tensor(rng(12).standard_normal(30))
+    x = tensor(0.02 * rng(13).random((8, 30)))
+    gap = share * w[:10].topk(3).values.sum()
+
+    def model(z: Tensor) -> Tensor:
+        value = (z > 0.5).to(w) @ w - gap
+        return torch.stack([torch.zeros_like(value), value], 1)
+
+    room = Room(mask=torch.arange(30) < 10)
+    attack = get("sparse_rs", threat=L1(room) if norm == "l1" else L2(room), steps=600, height=0.52)
+    radius = 0.52 * (3 if norm == "l1" else 3**0.5)
+    outcome = attack(Victim(model, access=Access.SCORES), x, torch.zeros(8, dtype=torch.int64), radius)
+    assert outcome.reached.tolist() == [expected] * 8
+    assert not expected or ((outcome.x_adv != x).sum(1) == 3).all()
 
 
 def off_the_plane() -> tuple[Tensor, Tensor, Tensor]:
@@ -481,6 +501,9 @@ def test_l2_square_stays_on_the_sphere_where_the_box_is_wide() -> None:
         ("simba", {"step": 0.0}, "step"),
         ("simba_dct", {"share": 0.0}, "share"),
         ("sparse_rs", {"alpha": 2.0}, "alpha"),
+        ("sparse_rs", {"height": 0.0, "threat": named("l1")}, "height: 0.0: must"),
+        ("sparse_rs", {"height": 0.5}, "leave it out"),
+        ("sparse_rs", {"threat": Linf()}, "threat"),
         ("zoo", {"coordinates": 0}, "coordinates"),
         ("zoo", {"h": 0.0}, "h 0"),
         ("zoo", {"searches": -1}, "searches"),

@@ -14,6 +14,7 @@ from planted import Around, Reversed, blobs, digits, linear
 from torch import Tensor, nn
 
 import epsball as eb
+from epsball.auditing.cascade import Listener, tried_harder
 from epsball.auditing.checks import (
     CONTRACT_CHECKS,
     FINAL_CHECKS,
@@ -328,6 +329,27 @@ def test_the_end_of_a_search_is_read_from_its_best_scores() -> None:
     almost = torch.where(steps > 6, 6.3, steps.clamp(max=6))  # 0.3 of 6.3 is less than 5 %
     told = still_climbing(torch.stack([straight, ended, back, still, almost], 1))
     assert told.tolist() == [True, False, False, False, False]
+
+
+@pytest.mark.parametrize("tried", ["fast", "default"])
+def test_where_twice_the_effort_breaks_samples_all_that_stand_are_attacked_so(tried: str) -> None:
+    """On a linear model, that nothing attacked before: at effort default those stand that no change of 0.05 breaks, at fast all do."""
+    x, y, weights = blobs(60, features=30)
+    x, model, radius = x.clamp(0.05, 0.95), linear(weights), 0.05
+    scores = model(x)
+    lead = scores.gather(1, y[:, None]) - scores
+    rows = 4 * weights.double()
+    needed = radius * (rows[y][:, None] - rows).abs().sum(2)
+    stands = ((lead > needed) | (torch.arange(len(weights)) == y[:, None])).all(1)
+    (scene,) = scenes(model, f"linf:{radius}", x, y, attacked=False)
+    before = scene.sheet.standing("linf", radius).sum()
+    flags = tried_harder(scene, tried, True, Listener(scene.sheet, scene.current, lambda _: None))
+    after = scene.sheet.standing("linf", radius)
+    assert 5 < stands.sum() < before - 5
+    assert torch.equal(after, stands) if tried == "default" else after.sum() == before
+    assert [(flag.id, flag.severity) for flag in flags] == [("effort", "info" if tried == "default" else "block")]
+    if tried == "default":
+        assert flags[0].message.startswith(f"Twice the effort broke {before - stands.sum()} of all {before} samples")
 
 
 def test_what_more_effort_breaks_weighs_what_it_costs() -> None:

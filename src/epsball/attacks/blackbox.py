@@ -38,6 +38,7 @@ _SIDE = 8
 _STEPS = 8
 """Fewest steps of a climb on differences."""
 _L1_STEP = 0.5  # of SimBA under L1: a quarter of the radius breaks most at radius 2, all of it as many at radius 1
+_L2_HEIGHT = 0.6  # of Sparse-RS under L2: above half of the box, where pictures are cut into black and white
 _EDGE = 1e6  # a step of SimBA that ends at the edge of any ball
 
 
@@ -55,8 +56,8 @@ def blackbox(budget: int = 1000, threat: Projects | None = None, surrogate: Surr
     | threat | scores | labels |
     |---|---|---|
     | Linf | Square; from 1,000 queries on a quarter for SimBA | RayS; a quarter for HopSkipJump likewise |
-    | L2 | Square; from 1,000 queries on a quarter for HopSkipJump | HopSkipJump |
-    | L1 | SimBA, its moves projected onto the L1 ball | random points of the ball |
+    | L2 | Square; from 1,000 queries on a quarter for Sparse-RS, an eighth for HopSkipJump | HopSkipJump |
+    | L1 | Sparse-RS; a quarter for SimBA, its moves projected onto the L1 ball | random points of the ball |
     | L0, pixels or features | Sparse-RS | random sets, at corners of the box |
     | rigid | an even grid, as fine as the budget allows | the same |
     | others | random points of the ball | the same |
@@ -125,13 +126,22 @@ def narrow(threat: Projects, x: Tensor) -> bool:
 
 
 def _by_scores(threat: Projects, queries: int) -> Iterator[Share]:
-    if isinstance(threat, Linf | L2):
-        last = queries // 4 if queries >= ENOUGH else 0
-        yield Share(square(queries - last, threat=threat), queries - last)
-        if last:
-            yield Share(simba(last, step=_EDGE, threat=threat) if isinstance(threat, Linf) else _hop(last, threat), last)
+    part = queries // 4 if queries >= ENOUGH else 0
+    if isinstance(threat, Linf):
+        yield Share(square(queries - part, threat=threat), queries - part)
+        if part:
+            yield Share(simba(part, step=_EDGE, threat=threat), part)
+    elif isinstance(threat, L2):
+        last = part // 2
+        yield Share(square(queries - part - last, threat=threat), queries - part - last)
+        if part:
+            yield Share(sparse_rs(part, threat=threat, height=_L2_HEIGHT), part)
+            yield Share(_hop(last, threat), last)
     elif isinstance(threat, L1):
-        yield Share(replace(simba(queries, step=_L1_STEP), threat=threat), queries)
+        last = queries // 4
+        yield Share(sparse_rs(queries - last, threat=threat), queries - last)
+        if last:
+            yield Share(replace(simba(last, step=_L1_STEP), threat=threat), last)
     elif isinstance(threat, L0):
         yield Share(sparse_rs(queries, threat=threat), queries)
     else:

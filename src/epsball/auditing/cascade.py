@@ -10,7 +10,17 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from epsball.auditing.checks import FINAL_CHECKS, ROUND_CHECKS, Scene, attack_row, effort_suffices, queries_suffice, severity, told_once
+from epsball.auditing.checks import (
+    FINAL_CHECKS,
+    ROUND_CHECKS,
+    Scene,
+    attack_row,
+    effort_suffices,
+    harder,
+    queries_suffice,
+    severity,
+    told_once,
+)
 from epsball.auditing.doubted import across, by_chance, by_directions, smooth, through_twins
 from epsball.auditing.plan import CLOSE, Stage, beside, black_box, plan, row_budget, swept
 from epsball.auditing.referee import Referee
@@ -131,7 +141,7 @@ def doubt(sheet: Sheet, referee: Referee, current: Round, effort: str, seed: int
     """The checks of a round whose attacks have all run; with them it is finished.
 
     Where one breaks without gradients what attacks with them left standing, the longer searches without gradients run on all that stand,
-    and the checks are asked again.
+    and the checks are asked again; so with what twice the effort breaks (`tried_harder`).
 
     Left out where answers depend on the batch: searches drop samples, so each asks other batches.
     """
@@ -149,9 +159,28 @@ def doubt(sheet: Sheet, referee: Referee, current: Round, effort: str, seed: int
             for stage in beside(scene.threat, sheet.subject.victim.access, effort, sheet.queries, sheet.subject.x):
                 attack_round(sheet, referee, current, stage, seed, drop, listener.watch(stage))
             flags = list(told_once(flag for check in checks for flag in check(scene)))
-        flags += effort_suffices(scene, effort)
+        flags += tried_harder(scene, effort, drop, listener)
     current.flags = [*before, *masked(sheet, current, misled), *flags]
     current.finished = True
+
+
+def tried_harder(scene: Scene, effort: str, drop: bool, listener: Listener) -> list[Flag]:
+    """Would twice the effort break more? Where that matters, but at effort fast, all that stand are attacked so, and some asked again.
+
+    The attack on all draws as the check did, so that what this broke counts.
+    """
+    flags = [*effort_suffices(scene, effort)]
+    if effort == "fast" or all(flag.severity == "info" for flag in flags):
+        return flags
+    sheet, current, sight = scene.sheet, scene.current, scene.sheet.sight
+    twin = sight.own and scene.victim is not sheet.subject.victim
+    stage = Stage(harder(scene, effort), 0, victim=scene.victim, keep=sight.random, beyond=twin)
+    stood = int(sheet.standing(current.threat, current.radius).sum())
+    attack_round(sheet, scene.referee, current, stage, scene.seed + 1, drop, listener.watch(stage))
+    broken = stood - int(sheet.standing(current.threat, current.radius).sum())
+    message = f"Twice the effort broke {broken} of all {stood} samples that stood, and then, with other draws, none more."
+    told = Flag(id="effort", severity="info", message=message, fix="Nothing: the number counts them.")
+    return [*effort_suffices(scene, effort, turn=2)] or [told]
 
 
 def masked(sheet: Sheet, current: Round, misled: bool = False) -> list[Flag]:

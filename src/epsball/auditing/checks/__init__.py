@@ -2,12 +2,12 @@
 
 Samples are capped, so doubt gets cheaper the more is audited. At the default effort all checks of a round ask about 29,000
 forward rows, and never more than about 39,000, however many samples there are; a third is for `effort_suffices`. AutoAttack asks about
-7,800 for each sample that stands.
+7,800 for each sample that stands. What a check brings about, a search of all that stand, comes on top.
 """
 
 from epsball.auditing.checks.binarize import planted_inputs_are_found
 from epsball.auditing.checks.contract import answers_in_one_pass, classes_suffice
-from epsball.auditing.checks.effort import effort_suffices, losses_agree, queries_suffice
+from epsball.auditing.checks.effort import effort_suffices, harder, losses_agree, queries_suffice
 from epsball.auditing.checks.limits import floor_is_reached, radius_means_something, rounding_matters
 from epsball.auditing.checks.masking import (
     black_box_finds_nothing,
@@ -49,6 +49,7 @@ __all__ = [
     "Scene",
     "attack_row",
     "effort_suffices",
+    "harder",
     "losses_agree",
     "queries_suffice",
     "rounding_matters",

@@ -11,6 +11,7 @@ from epsball.auditing.doubted import NORMS, deeper_by_chance
 from epsball.auditing.plan import deeper
 from epsball.auditing.results import Flag
 from epsball.auditing.statistics import mcnemar
+from epsball.core import AttackLike
 from epsball.objectives import cross_entropy, margin
 
 LOSS_SAMPLE, LOSS_GAP = 64, 0.15
@@ -52,19 +53,17 @@ def queries_suffice(scene: Scene, late: int) -> Iterator[Flag]:
         yield Flag(id="effort", severity="warn", message=message, fix="Run --effort max, or raise --max-queries.")
 
 
-def effort_suffices(scene: Scene, effort: str) -> Iterator[Flag]:
+def effort_suffices(scene: Scene, effort: str, turn: int = 1) -> Iterator[Flag]:
     """Would trying harder still break samples? Asked of a capped sample of those that stand, with one attack at twice the effort.
+
+    Every `turn` draws anew.
 
     Cost: at most that of the deeper attack for each of 32 samples.
     """
     sheet, current, rows = scene.sheet, scene.current, scene.few()
     if not len(rows):
         return
-    if sheet.sight.random and isinstance(scene.threat, NORMS):
-        attack = deeper_by_chance(scene.threat, effort)
-    else:
-        attack = deeper(scene.threat, effort, classes=sheet.clean.shape[1], single_label=scene.single)
-    outcome = scene.search(attack, rows, "more effort", seed=scene.seed + 1, drop=not sheet.sight.random)
+    outcome = scene.search(harder(scene, effort), rows, "more effort", seed=scene.seed + turn, drop=not sheet.sight.random)
     broken = int(scene.confirmed(rows, outcome).sum())
     if not broken:
         return
@@ -76,6 +75,13 @@ def effort_suffices(scene: Scene, effort: str) -> Iterator[Flag]:
         f"the true robust accuracy is lower, by about {100 * lower:.1f} points or more."
     )
     yield Flag(id="effort", severity=severity(lower), message=message, fix=fix)
+
+
+def harder(scene: Scene, effort: str) -> AttackLike:
+    """The plan's strongest attack at twice the effort."""
+    if scene.sheet.sight.random and isinstance(scene.threat, NORMS):
+        return deeper_by_chance(scene.threat, effort)
+    return deeper(scene.threat, effort, classes=scene.sheet.clean.shape[1], single_label=scene.single)
 
 
 def severity(lower: float) -> Literal["block", "warn", "info"]:
