@@ -167,20 +167,23 @@ def doubt(sheet: Sheet, referee: Referee, current: Round, effort: str, seed: int
 def tried_harder(scene: Scene, effort: str, drop: bool, listener: Listener) -> list[Flag]:
     """Would twice the effort break more? Where that matters, but at effort fast, all that stand are attacked so, and some asked again.
 
-    The attack on all draws as the check did, so that what this broke counts.
+    The attack draws as the check did, so that it breaks what this broke; what withstood the check it leaves out.
     """
-    flags = [*effort_suffices(scene, effort)]
+    withstood, flags = effort_suffices(scene, effort)
     if effort == "fast" or all(flag.severity == "info" for flag in flags):
         return flags
     sheet, current, sight = scene.sheet, scene.current, scene.sheet.sight
+    standing = sheet.standing(current.threat, current.radius)
+    stood = int(standing.sum())
+    standing[withstood] = False
     twin = sight.own and scene.victim is not sheet.subject.victim
     stage = Stage(harder(scene, effort), 0, victim=scene.victim, keep=sight.random, beyond=twin)
-    stood = int(sheet.standing(current.threat, current.radius).sum())
-    attack_round(sheet, scene.referee, current, stage, scene.seed + 1, drop, listener.watch(stage))
+    attack_round(sheet, scene.referee, current, stage, scene.seed + 1, drop, listener.watch(stage), standing)
     broken = stood - int(sheet.standing(current.threat, current.radius).sum())
     message = f"Twice the effort broke {broken} of all {stood} samples that stood, and then, with other draws, none more."
     told = Flag(id="effort", severity="info", message=message, fix="Nothing: the number counts them.")
-    return [*effort_suffices(scene, effort, turn=2)] or [told]
+    _, left = effort_suffices(scene, effort, turn=2)
+    return left or [told]
 
 
 def masked(sheet: Sheet, current: Round, misled: bool = False) -> list[Flag]:
@@ -197,12 +200,20 @@ def masked(sheet: Sheet, current: Round, misled: bool = False) -> list[Flag]:
 
 
 def attack_round(
-    sheet: Sheet, referee: Referee, current: Round, stage: Stage, seed: int, drop: bool, watch: Callable[[int, int, int], None]
+    sheet: Sheet,
+    referee: Referee,
+    current: Round,
+    stage: Stage,
+    seed: int,
+    drop: bool,
+    watch: Callable[[int, int, int], None],
+    among: Tensor | None = None,
 ) -> Tensor:
-    """One attack on the samples still standing; only what the referee confirms is entered, and its queries (K,) are returned."""
+    """One attack on the samples still standing, those `among` (N,) bool if given; only what the referee confirms is entered, and its
+    queries (K,) are returned."""
     subject, hits, threat = sheet.subject, sheet.hits[current.threat], sheet.threat(current.threat)
     standing = sheet.standing(current.threat, current.radius)
-    rows = tried_rows(hits, standing, stage)
+    rows = tried_rows(hits, standing if among is None else standing & among, stage)
     if not len(rows) or (stage.pays and not worth(current, stage)):
         return rows[:0]
     stands = int(standing.sum())

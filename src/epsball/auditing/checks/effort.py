@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Literal
 
+from torch import Tensor
+
 from epsball.attacks import pgd
 from epsball.auditing.checks.scene import Scene
 from epsball.auditing.doubted import NORMS, deeper_by_chance
@@ -53,20 +55,21 @@ def queries_suffice(scene: Scene, late: int) -> Iterator[Flag]:
         yield Flag(id="effort", severity="warn", message=message, fix="Run --effort max, or raise --max-queries.")
 
 
-def effort_suffices(scene: Scene, effort: str, turn: int = 1) -> Iterator[Flag]:
+def effort_suffices(scene: Scene, effort: str, turn: int = 1) -> tuple[Tensor, list[Flag]]:
     """Would trying harder still break samples? Asked of a capped sample of those that stand, with one attack at twice the effort.
 
-    Every `turn` draws anew.
+    Every `turn` draws anew. Returns the samples that withstood (K,), for nothing is gained by asking them so again, and what to tell.
 
     Cost: at most that of the deeper attack for each of 32 samples.
     """
     sheet, current, rows = scene.sheet, scene.current, scene.few()
     if not len(rows):
-        return
+        return rows, []
     outcome = scene.search(harder(scene, effort), rows, "more effort", seed=scene.seed + turn, drop=not sheet.sight.random)
-    broken = int(scene.confirmed(rows, outcome).sum())
+    confirmed = scene.confirmed(rows, outcome)
+    broken = int(confirmed.sum())
     if not broken:
-        return
+        return rows, []
     fix = "Run --effort max." if effort != "max" else "Quote the number as an upper bound that is known to be loose."
     standing = float(sheet.standing(current.threat, current.radius).double().mean())
     lower = broken / len(rows) * standing
@@ -74,7 +77,7 @@ def effort_suffices(scene: Scene, effort: str, turn: int = 1) -> Iterator[Flag]:
         f"Twice the effort still broke {broken} of {len(rows)} samples that stood: "
         f"the true robust accuracy is lower, by about {100 * lower:.1f} points or more."
     )
-    yield Flag(id="effort", severity=severity(lower), message=message, fix=fix)
+    return rows[~confirmed], [Flag(id="effort", severity=severity(lower), message=message, fix=fix)]
 
 
 def harder(scene: Scene, effort: str) -> AttackLike:
