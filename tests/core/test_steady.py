@@ -35,14 +35,15 @@ def test_batches_of_any_size_give_the_same_bits(rows: int, channels: int) -> Non
 
 def test_nothing_is_left_behind_and_the_model_sees_its_true_batch() -> None:
     model, seen = network(), []
-    model[1].register_forward_hook(lambda module, inputs, output: seen.append(len(output)))
+    for layer in (model[0], model[1], model[3]):
+        layer.register_forward_hook(lambda module, inputs, output: seen.append((len(inputs[0]), len(output))))
     hooks = [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()]
     restore = steady(model)
     assert model(torch.rand(1, 1, 8, 8)).shape == (1, 10)
     restore()
-    assert seen == [1]
+    assert seen == 3 * [(1, 1)]
     assert [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()] == hooks
-    assert "_conv_forward" not in vars(model[0])
+    assert all("forward" not in vars(m) and "_conv_forward" not in vars(m) for m in model.modules())
 
 
 def inside(model: nn.Module, batches: list[Tensor], monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
@@ -77,6 +78,18 @@ def test_a_call_that_raised_leaves_no_trace_in_the_next() -> None:
         model(torch.rand(2, 3, 8, 8))
     assert model(torch.rand(40, 1, 8, 8)).shape == (40, 10)
     restore()
+
+
+def test_what_somebody_gave_a_layer_as_its_forward_is_asked_and_given_back() -> None:
+    linear, seen = nn.Linear(4, 3), []
+    linear.forward = own = lambda x: (seen.append(len(x)), nn.functional.linear(x, linear.weight))[1]
+    restore, again = steady(linear), steady(linear)
+    assert linear(torch.ones(2, 4)).shape == (2, 3)
+    again()
+    assert linear(torch.ones(2, 4)).shape == (2, 3)
+    restore()
+    assert seen == [16, 16]
+    assert linear.forward is own
 
 
 def test_inputs_without_a_batch_axis_and_sequences_pass_untouched() -> None:
