@@ -220,6 +220,25 @@ def test_projection_is_the_nearest_point(
         assert near <= nearest * (1 + 1e-9) + 1e-9, f"row {row}: {near} > {nearest}"
 
 
+def test_norms_of_one_room_remember_each_their_own() -> None:
+    x, room = torch.full((1, 4), 0.5), lp.Room((0.0, 1.0))
+    z, far = x + 0.25, torch.full((1,), 10.0, dtype=torch.float64)
+    for _ in range(2):  # what is remembered, too
+        for threat, size in ((lp.Linf(room), 0.25), (lp.L2(room), 0.5), (lp.L1(room), 1.0)):
+            assert float(threat.size(x, z)) == size
+            assert float(threat.reach(x)) == 2 * size
+            assert torch.equal(threat.project(x, z, far), z)
+            assert float(threat.size(x, threat.project(x, z, far / 100))) <= 0.1
+
+
+def test_points_inside_the_box_and_outside_it_project_beside_each_other_as_alone() -> None:
+    threat, x = named("l1").within((0.0, 1.0)), tensor(rng(0).random((8, 40)))
+    z, radius = x + tensor(rng(1).standard_normal((8, 40))), torch.full((8,), 0.7, dtype=torch.float64)
+    z[::2] = z[::2].clamp(0.0, 1.0)
+    alone = [threat.project(x[i : i + 1], z[i : i + 1], radius[i : i + 1]) for i in range(8)]
+    assert torch.equal(threat.project(x, z, radius), torch.cat(alone))
+
+
 @given(cases)
 def test_no_legal_point_on_the_way_is_nearer(case: Case) -> None:
     """Needs no oracle, so it holds new threats too: a move from the projection toward z, made legal, gains nothing."""

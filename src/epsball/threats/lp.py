@@ -83,9 +83,9 @@ class Room:
             return (z.double() - x).flatten(1)
         return z.double().sub_(self.memo.get("exact", (x,), x.double)).flatten(1)
 
-    def measured(self, x: Tensor, z: Tensor, norm: Callable[[Tensor], Tensor]) -> Tensor:
-        """`norm` of the change, remembered: a search and `run` both ask for the size of the same look."""
-        return self.memo.get("size", (x, z), lambda: norm(self.change(x, z)))
+    def measured(self, name: str, x: Tensor, z: Tensor, norm: Callable[[Tensor], Tensor]) -> Tensor:
+        """The norm of that name of the change, remembered: a search and `run` both ask for the size of the same look."""
+        return self.memo.get(name, (x, z), lambda: norm(self.change(x, z)))
 
 
 Fit = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
@@ -104,7 +104,7 @@ def _fitted(threat: L1 | L2, x: Tensor, z: Tensor, radius: Tensor, fit: Fit) -> 
     """The nearest legal point: `fit` in the precision of x, and in float64, rounded inward, where that comes out too long."""
     interval = threat.room.interval(x)
     boxed = z.clamp(*interval)
-    if threat.room.memo.get("all", (x, radius), lambda: bool((threat.reach(x) <= radius).all())):
+    if threat.room.memo.get(f"all {threat.name}", (x, radius), lambda: bool((threat.reach(x) <= radius).all())):
         return boxed
     rows = (threat.size(x, boxed) > radius).nonzero().squeeze(1)
     if not len(rows):
@@ -149,7 +149,11 @@ def _fit_l2(wanted: Tensor, low: Tensor, high: Tensor, radius: Tensor) -> Tensor
 def _fit_l1(wanted: Tensor, low: Tensor, high: Tensor, radius: Tensor) -> Tensor:
     """clip(wanted cut toward 0 by t), t the smallest that fits: the length falls with t, and is piecewise linear."""
     long, space = wanted.abs(), torch.where(wanted > 0, high, -low)
-    shift = (_cut_by_sorting if long.shape[1] <= _SORTED else _cut_by_steps)(long, space, radius)
+    if long.shape[1] > _SORTED:
+        shift = _cut_by_steps(long, space, radius)
+    else:
+        shift, out = _cut_freely(long, radius), (long > space).any(1).nonzero().squeeze(1)
+        shift = shift.index_copy(0, out, _cut_by_sorting(long[out], space[out], radius[out])) if len(out) else shift
     change = torch.minimum((long - shift).clamp(min=0.0), space)
     # Far outside the ball long - shift keeps few digits: whatever rounding added is scaled away.
     return wanted.sign() * change * (radius / change.sum(1, keepdim=True).clamp(min=1e-300)).clamp(max=1.0)
@@ -159,6 +163,12 @@ _SORTED = 256
 """Features up to which sorting takes less time than a few sums."""
 _NEWTON = 12
 """Newton's steps after which bounds are only halved."""
+
+
+def _cut_freely(long: Tensor, radius: Tensor) -> Tensor:
+    """(R, 1): the same as `_cut_by_sorting` where no length (R, F) is longer than its space (Held, Wolfe & Crowder 1974)."""
+    excess = long.sort(1, descending=True).values.cumsum(1) - radius
+    return (excess / torch.arange(1, long.shape[1] + 1).to(excess)).amax(1, keepdim=True)
 
 
 def _cut_by_sorting(long: Tensor, space: Tensor, radius: Tensor) -> Tensor:
@@ -228,7 +238,7 @@ class _Additive(ABC):
 
     def reach(self, x: Tensor) -> Tensor:
         """The size of the way to the farthest corner of the intervals."""
-        return self.size(x, self.room.farthest(x))
+        return self.room.memo.get(f"reach {type(self).__name__}", (x,), lambda: self.size(x, self.room.farthest(x)))
 
 
 @dataclass(frozen=True, eq=False)
@@ -245,7 +255,7 @@ class Linf(_Additive):
 
     def size(self, x: Tensor, z: Tensor) -> Tensor:
         """Largest absolute change."""
-        return self.room.measured(x, z, lambda change: change.abs_().amax(1))
+        return self.room.measured(self.name, x, z, lambda change: change.abs_().amax(1))
 
     def project(self, x: Tensor, z: Tensor, radius: Tensor) -> Tensor:
         """Clips each feature to its interval."""
@@ -272,7 +282,7 @@ class L2(_Additive):
 
     def size(self, x: Tensor, z: Tensor) -> Tensor:
         """Euclidean length of the change."""
-        return self.room.measured(x, z, lambda change: torch.linalg.vector_norm(change, 2, dim=1))
+        return self.room.measured(self.name, x, z, lambda change: torch.linalg.vector_norm(change, 2, dim=1))
 
     def project(self, x: Tensor, z: Tensor, radius: Tensor) -> Tensor:
         """Exact: `_fit_l2`."""
@@ -300,7 +310,7 @@ class L1(_Additive):
 
     def size(self, x: Tensor, z: Tensor) -> Tensor:
         """Sum of absolute changes."""
-        return self.room.measured(x, z, lambda change: change.abs_().sum(1))
+        return self.room.measured(self.name, x, z, lambda change: change.abs_().sum(1))
 
     def project(self, x: Tensor, z: Tensor, radius: Tensor) -> Tensor:
         """Exact: `_fit_l1`."""
