@@ -284,11 +284,11 @@ def _sparse(threat: L1, classes: int) -> Iterator[Stage]:
 
     None is best everywhere (`benchmarks/l1_starts.py`), so there are several: one run of each of four kinds, and one at each class. A local
     search goes on from where they came closest, for few gradients; of the closest points of long searches a climb in short steps makes
-    more. Samples that came near get more and longer runs, most of them at the class that came nearest: that is mostly the right one, and a
-    run at it breaks what one at no class hardly ever does. Where gradients mislead near the clean input a walk inward breaks what all of
-    these leave: one each for the quarter that came nearest shows whether more pay, and those whether still more, whatever rows are left,
-    for where few stand there are none. What still falls then is anywhere, so that rows that are left go to all that stand: one more run of
-    each kind, and then runs at the class that came nearest.
+    more. Samples that came near get more and longer runs at the class that came nearest: that is mostly the right one, and a run at it
+    breaks what one at no class hardly ever does. Where gradients mislead near the clean input a walk inward breaks what all of these leave:
+    one each for the quarter that came nearest shows whether more pay, and those whether still more, whatever rows are left, for where few
+    stand there are none. What still falls then is anywhere, so that rows that are left go to all that stand: one more run of each kind, and
+    then runs at the class that came nearest.
     """
     nearer, near, far, farther = _four_kinds(threat, classes)
     yield from _one_of_each(threat, classes)
@@ -296,7 +296,6 @@ def _sparse(threat: L1, classes: int) -> Iterator[Stage]:
     yield from _from_closest(threat, climb=True)
     aimed = side_by_side(vertices(30, threat), 30, 8, 8, fill=24)
     yield replace(aimed, near=PROMISING, nearer=(0.05, 3), at_rival=classes > 0)
-    yield replace(side_by_side(_with_long_memory(threat), 30, 16, 6, fill=20), near=NEAR, nearer=(0.05, 2))
     yield _climb(threat)
     walk, *more = _while_it_pays(outside_in(30, threat, far=3, rounds=2), 39, 1, 2, 2, 2, 2)
     yield from (replace(walk, nearest=_PROBED), *more)
@@ -319,11 +318,6 @@ def _climb(threat: L1) -> Stage:
     return Stage(Attack("vertices", threat, cross_entropy, Vertices((1.0, 1.0), (0.3, 0.3), 0.02), 20), 20, from_closest=True)
 
 
-def _with_long_memory(threat: L1) -> AttackLike:
-    """`vertices` on cross-entropy with a longer memory of gradients, from a ball of 3 budgets."""
-    return Attack("vertices", threat, cross_entropy, Vertices((3.0, 3.0), memory=0.9), 30)
-
-
 def _four_kinds(threat: L1, classes: int) -> tuple[AttackLike, ...]:
     """`vertices` from balls of 3 budgets and from far larger ones, on several losses. Runs of different kinds fail on different samples,
     more than runs of one kind that each draw their first ball. Most end before their 20 looks, in the mean after 14."""
@@ -332,10 +326,12 @@ def _four_kinds(threat: L1, classes: int) -> tuple[AttackLike, ...]:
 
 
 def _one_of_each(threat: L1, classes: int) -> Iterator[Stage]:
-    """A run of each kind in turn, for most samples break early; from the second of the large balls where the first pays."""
-    *first, last = (side_by_side(search, 20, number, 1) for number, search in enumerate(_four_kinds(threat, classes), 1))
-    yield from first
-    yield replace(last, pays=PAYS)
+    """A run of each kind: alone the first, for many samples break by it, then two side by side; from the second of the large balls where
+    those pay."""
+    nearer, near, far, farther = _four_kinds(threat, classes)
+    yield side_by_side(nearer, 20, 1, 1)
+    yield side_by_side((near, far), 20, 2, 2)
+    yield replace(side_by_side(farther, 20, 4, 1), pays=PAYS)
 
 
 def _at_classes(threat: L1, classes: int, first: int) -> Stage:
