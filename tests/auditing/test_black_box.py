@@ -83,7 +83,7 @@ def test_a_random_forest_on_a_table_is_audited_and_trusted(tmp_path: Path) -> No
     told = report.models[0]
     assert unusual(told) == {"black-box": "note"}
     assert told.flags == []
-    assert named_attacks(told) == [["square"], ["square"], ["sparse_rs"], ["sweep", "sparse_rs", "simba"]]
+    assert named_attacks(told) == [["square"], ["square"], ["sparse_rs"], ["sweep", "simba"]]
     near, far, few, sum_ = (result.robust_accuracy.count for result in told.results)
     assert told.clean_accuracy.count > near > far
     assert told.clean_accuracy.count > max(few, sum_)

@@ -64,7 +64,7 @@ def blackbox(budget: int = 1000, threat: Projects | None = None, surrogate: Surr
 
     Of inputs of at most 128 features that are no images (a side below 8), half of the queries by scores go to a sweep of every feature
     first where they last for a round (16 queries a feature, under Linf and L2 not below 1,000), then an eighth each to two climbs on
-    differences along every feature, where that makes 8 steps.
+    differences along every feature, where that makes 8 steps, and under L1 what is left all to SimBA.
 
     A surrogate is attacked before all of these, by DI-FGSM under Linf and L2, else by MI-FGSM: the victim is asked once whether
     that carried over, and the searches above run only where it did not.
@@ -105,7 +105,7 @@ def searches(threat: Projects, access: Access, queries: int, x: Tensor) -> tuple
     if access is Access.LABELS:
         return tuple(_by_labels(threat, queries))
     found = tuple(_by_features(threat, queries, x)) if narrow(threat, x) else ()
-    return (*found, *_by_scores(threat, queries - sum(share.queries for share in found)))
+    return (*found, *_by_scores(threat, queries - sum(share.queries for share in found), narrow(threat, x)))
 
 
 def _by_features(threat: Projects, queries: int, x: Tensor) -> Iterator[Share]:
@@ -125,7 +125,8 @@ def narrow(threat: Projects, x: Tensor) -> bool:
     return few and isinstance(threat, Linf | L2 | L1)
 
 
-def _by_scores(threat: Projects, queries: int) -> Iterator[Share]:
+def _by_scores(threat: Projects, queries: int, few: bool) -> Iterator[Share]:
+    """`few`: inputs are narrow, so that under L1 SimBA comes through all features."""
     part = queries // 4 if queries >= ENOUGH else 0
     if isinstance(threat, Linf):
         yield Share(square(queries - part, threat=threat), queries - part)
@@ -138,8 +139,9 @@ def _by_scores(threat: Projects, queries: int) -> Iterator[Share]:
             yield Share(sparse_rs(part, threat=threat, height=_L2_HEIGHT), part)
             yield Share(_hop(last, threat), last)
     elif isinstance(threat, L1):
-        last = queries // 4
-        yield Share(sparse_rs(queries - last, threat=threat), queries - last)
+        last = queries if few else queries // 4
+        if last < queries:
+            yield Share(sparse_rs(queries - last, threat=threat), queries - last)
         if last:
             yield Share(replace(simba(last, step=_L1_STEP), threat=threat), last)
     elif isinstance(threat, L0):
