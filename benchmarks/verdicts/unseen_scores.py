@@ -367,7 +367,7 @@ CASES: tuple[Case, ...] = (
         "Prach & Lampert 2022, arXiv 2208.03160",
         lipschitz,
         0.1,
-        "AOL layers of Lipschitz constant 1 and MaxMin; the audit says that trying harder breaks one more, and it does",
+        "AOL layers of Lipschitz constant 1 and MaxMin; audits warned here of one sample until they searched on",
         held="wrong",
     ),
 )

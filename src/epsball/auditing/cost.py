@@ -14,7 +14,8 @@ from epsball.core import Access
 
 @dataclass(frozen=True)
 class Estimate:
-    """The most that the attacks of a plan can cost, for samples that never break; checks come on top.
+    """The most that the attacks of a plan can cost, for samples that never break; checks, and the search at twice the effort that one
+    may call for, come on top.
 
     Attributes:
         seconds, forwards: time and rows forward, both roughly. holds: share of the plan that the budget is sure to hold, at most 1;

@@ -47,7 +47,7 @@ class Live:
 
         self.started = time.perf_counter()
         cost = f"{duration(most.seconds)} and {most.forwards:,} rows forward"
-        said = f"The attacks take at most about {cost}, the checks come on top; samples that break early make it shorter."
+        said = f"The attacks take at most about {cost}, checks, and what they call for, come on top; what breaks early makes it shorter."
         self.console.print(said, markup=False, highlight=False)
         if most.holds is not None:
             said = "is enough" if most.holds >= 1 else f"holds {most.holds:.0%} of that for sure: attacks that do not fit are cut"
