@@ -231,6 +231,19 @@ def test_norms_of_one_room_remember_each_their_own() -> None:
             assert float(threat.size(x, threat.project(x, z, far / 100))) <= 0.1
 
 
+@pytest.mark.parametrize("name", ["l1", "l2"])
+def test_projected_points_are_inside_in_whatever_order_they_are_added_up(name: str) -> None:
+    random = rng(0)
+    z = tensor(random.standard_normal((200, 40)), torch.float64)
+    x, threat = torch.zeros_like(z), named(name).within((-9.0, 9.0))
+    radius = threat.size(x, z)
+    projected = threat.project(x, z, radius)
+    orders = [tensor(random.permutation(40), torch.int64) for _ in range(20)]
+    long = max(float((measured(name, x, projected[:, order]) / radius).amax()) for order in orders)
+    assert 1 - 1e-11 < long <= 1.0
+    assert torch.equal(threat.project(x, projected, radius), projected)
+
+
 def test_points_inside_the_box_and_outside_it_project_beside_each_other_as_alone() -> None:
     threat, x = named("l1").within((0.0, 1.0)), tensor(rng(0).random((8, 40)))
     z, radius = x + tensor(rng(1).standard_normal((8, 40))), torch.full((8,), 0.7, dtype=torch.float64)

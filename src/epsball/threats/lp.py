@@ -22,6 +22,8 @@ from epsball.core.victim import Bound
 from epsball.threats.rounding import Memo, inward
 
 _GUARD = 1.0 - 1e-12  # summation error of a float64 norm over a million features stays below this
+_ORDER = 1.0 - 5e-13
+"""What float64 inputs keep to: their changes are not exact sums, and whoever adds them up in another order finds other last digits."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,9 +106,10 @@ def _fitted(threat: L1 | L2, x: Tensor, z: Tensor, radius: Tensor, fit: Fit) -> 
     """The nearest legal point: `fit` in the precision of x, and in float64, rounded inward, where that comes out too long."""
     interval = threat.room.interval(x)
     boxed = z.clamp(*interval)
-    if threat.room.memo.get(f"all {threat.name}", (x, radius), lambda: bool((threat.reach(x) <= radius).all())):
+    order = _ORDER if x.dtype is torch.float64 else 1.0
+    if threat.room.memo.get(f"all {threat.name}", (x, radius), lambda: bool((threat.reach(x) <= order * radius).all())):
         return boxed
-    rows = (threat.size(x, boxed) > radius).nonzero().squeeze(1)
+    rows = (threat.size(x, boxed) > order * radius).nonzero().squeeze(1)
     if not len(rows):
         return boxed
     few = len(rows) < len(x)
@@ -118,8 +121,8 @@ def _fitted(threat: L1 | L2, x: Tensor, z: Tensor, radius: Tensor, fit: Fit) -> 
         return fit(wanted, least, greatest, (guard * most)[:, None].to(working)).reshape(x.shape)
 
     working = torch.promote_types(x.dtype, torch.float32)
-    quick = (x + near(working, 1 - 8 * torch.finfo(working).eps)).to(x.dtype).clamp(low, high)
-    long = (~(threat.size(x, quick) <= most)).nonzero().squeeze(1)
+    quick = (x + near(working, min(_GUARD, 1 - 8 * torch.finfo(working).eps))).to(x.dtype).clamp(low, high)
+    long = (~(threat.size(x, quick) <= order * most)).nonzero().squeeze(1)
     if len(long):
         x, z, low, high, most = (t[long] for t in (x, z, low, high, most))
         quick = quick.index_copy(0, long, _toward(x, near(torch.float64, _GUARD)).clamp(low, high))
